@@ -1,0 +1,128 @@
+"""The paper's convolutional blocks (2D), computed as the published code computes them (SPEC section 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BN_EPS = 1e-3
+BN_MOMENTUM = 0.01  # what Keras calls 0.99
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Batch normalisation with the published epsilon and momentum."""
+    return nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+
+
+class SeparableConv(nn.Module):
+    """Depthwise convolution without bias, then a pointwise one with bias, at "same" padding.
+
+    (B, Cin, H, W) -> (B, Cout, H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, dilation: int = 1) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: found {kernel_size}, needed an odd number for 'same' padding")
+        self.depthwise = nn.Conv2d(
+            in_channels,
+            in_channels,
+            kernel_size,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=in_channels,
+            bias=False,
+        )
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, Cout, H, W]
+        return self.pointwise(self.depthwise(x))
+
+
+class MultiScaleContextFusion(nn.Module):
+    """Three dilated separable convolutions mixed by softmax weights of the pooled input; no skip inside.
+
+    (B, C, H, W) -> (B, C, H, W); C at least `reduction`.
+    """
+
+    def __init__(self, channels: int, reduction: int = 8) -> None:
+        super().__init__()
+        hidden = channels // reduction
+        if hidden < 1:
+            raise ValueError(f"channels: found {channels}, needed at least reduction={reduction}")
+        self.sep_d1 = SeparableConv(channels, channels, dilation=1)
+        self.sep_d2 = SeparableConv(channels, channels, dilation=2)
+        self.sep_d4 = SeparableConv(channels, channels, dilation=4)
+        self.scale_fc1 = nn.Linear(channels, hidden)
+        self.scale_fc2 = nn.Linear(hidden, 3)
+        self.fusion = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.scale_fc2(F.relu(self.scale_fc1(x.mean((2, 3))))).softmax(1)  # [B, 3]
+        w1, w2, w4 = weights[:, :, None, None, None].unbind(1)  # each [B, 1, 1, 1]
+        return self.fusion(w1 * self.sep_d1(x) + w2 * self.sep_d2(x) + w4 * self.sep_d4(x))
+
+
+class DualPathAttention(nn.Module):
+    """Channel attention from the pooled input times spatial attention from [max, mean] over channels.
+
+    (B, C, H, W) -> (B, C, H, W). Ties of the maximum share its gradient equally (`amax`).
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = max(8, channels // reduction)
+        self.channel_fc1 = nn.Linear(channels, hidden)
+        self.channel_fc2 = nn.Linear(hidden, channels)
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channel = self.channel_fc2(F.relu(self.channel_fc1(x.mean((2, 3))))).sigmoid()  # [B, C]
+        summary = torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)  # [B, 2, H, W]
+        return x * channel[:, :, None, None] * self.spatial(summary).sigmoid()
+
+
+class ResidualBlock(nn.Module):
+    """Two separable convolutions, multi-scale fusion and optional attention around a skip connection.
+
+    (B, Cin, H, W) -> (B, Cout, H, W). The skip is a 1x1 convolution where the channel counts differ.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, attention: bool = False) -> None:
+        super().__init__()
+        self.conv1 = SeparableConv(in_channels, out_channels)
+        self.bn1 = batch_norm(out_channels)
+        self.conv2 = SeparableConv(out_channels, out_channels)
+        self.bn2 = batch_norm(out_channels)
+        self.msf = MultiScaleContextFusion(out_channels)
+        self.att = DualPathAttention(out_channels) if attention else nn.Identity()
+        self.proj = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(F.relu(self.conv1(x)))  # the published order: relu before the normalisation
+        y = self.att(self.msf(self.bn2(self.conv2(y))))
+        return F.relu(y + self.proj(x))
+
+
+class AttentionGate(nn.Module):
+    """Gates the skip map x by a spatial mask computed from x and the decoder map g.
+
+    x (B, Cx, H, W), g (B, Cg, h, w) -> (B, Cx, H, W). g is brought to x's size by bilinear interpolation
+    (half-pixel centres, no antialiasing), only where the sizes differ.
+    """
+
+    def __init__(self, x_channels: int, g_channels: int, inter_channels: int) -> None:
+        super().__init__()
+        self.x_transform = nn.Conv2d(x_channels, inter_channels, 1)
+        self.g_transform = nn.Conv2d(g_channels, inter_channels, 1)
+        self.ctx_sep_d1 = SeparableConv(inter_channels, inter_channels, dilation=1)
+        self.ctx_sep_d2 = SeparableConv(inter_channels, inter_channels, dilation=2)
+        self.ctx_out = nn.Conv2d(inter_channels, 1, 1)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        g = self.g_transform(g)
+        if g.shape[2:] != x.shape[2:]:
+            g = F.interpolate(g, size=x.shape[2:], mode="bilinear", align_corners=False, antialias=False)
+        mask = self.ctx_out(self.ctx_sep_d2(self.ctx_sep_d1(F.relu(self.x_transform(x) + g)))).sigmoid()
+        return x * mask
