@@ -28,9 +28,9 @@ def auxiliary_loss(
 ) -> Tensor:
     """0.1 · (segmentation_loss + classification_loss) summed over the levels (SPEC §5), a scalar.
 
-    aux_seg_logits: (B, K, h, w) a level, aux_cls_logits: (B, L) a level, either possibly empty; the mask (B, 1 or K,
-    H, W) is brought to (h, w) by area averaging. task_weights weigh the two losses. Without levels the result is a
-    constant 0. Errors as in the two losses.
+    aux_seg_logits: (B, K, h, w) a level, aux_cls_logits: (B, L) a level, either possibly empty; the mask
+    (B, 1 or K, H, W) is brought to (h, w) by area averaging. task_weights weigh the two losses. Without
+    levels the result is a constant 0. Errors as in the two losses.
     """
     total = torch.zeros((), device=mask.device)
     for logits in aux_seg_logits:

@@ -17,11 +17,14 @@ from bti_fast.losses._common import (
 )
 
 
-def focal_cross_entropy(prob: Tensor, label: Tensor, *, gamma: float = 2.0, nonfinite: str = "keep") -> Tensor:
-    """Focal cross-entropy of each sample from probabilities, as published: prob (B, L), label (B,) int -> (B,).
+def focal_cross_entropy(
+    prob: Tensor, label: Tensor, *, gamma: float = 2.0, nonfinite: str = "keep"
+) -> Tensor:
+    """Focal cross-entropy of each sample from probabilities, as published: prob (B, L), label (B,) int ->
+    (B,).
 
-    Probabilities are clipped to [1e-7, 1 - 1e-7] and renormalised. nonfinite="ten" gives a sample whose loss is not
-    finite the value 10, as the published code does; "keep" lets it show.
+    Probabilities are clipped to [1e-7, 1 - 1e-7] and renormalised. nonfinite="ten" gives a sample whose
+    loss is not finite the value 10, as the published code does; "keep" lets it show.
     """
     if nonfinite not in ("keep", "ten"):
         raise ValueError(f'nonfinite: got {nonfinite!r}, needs "keep" or "ten"')
@@ -29,21 +32,26 @@ def focal_cross_entropy(prob: Tensor, label: Tensor, *, gamma: float = 2.0, nonf
     prob = prob / prob.sum(1, keepdim=True)
     log_p = prob.gather(1, label.long()[:, None]).squeeze(1).clamp(EPS, 1 - EPS).log()
     loss = _focal(log_p, gamma)
-    return torch.where(torch.isfinite(loss), loss, torch.full_like(loss, 10.0)) if nonfinite == "ten" else loss
+    return (
+        torch.where(torch.isfinite(loss), loss, torch.full_like(loss, 10.0)) if nonfinite == "ten" else loss
+    )
 
 
 def classification_loss(
     logits: Tensor, label: Tensor, has_label: Tensor | None = None, *, gamma: float = 2.0
 ) -> Tensor:
-    """Focal cross-entropy of a batch (SPEC §5), (1 - p)^γ · -log p of the true class, a scalar in fp32 (fp64 for fp64).
+    """Focal cross-entropy of a batch (SPEC §5), (1 - p)^γ · -log p of the true class, a scalar in fp32
+    (fp64 for fp64).
 
-    logits (B, L), L >= 2; label (B,) integers 0..L-1, any value where has_label (B,) bool is False. Samples without a
-    label add nothing, and the mean is over the others; 0 if there are none. Computed from logits without clipping, so a
-    confident mistake keeps its gradient. NaN logits give a NaN loss. ValueError for wrong shapes, dtypes, labels (on
-    the CPU).
+    logits (B, L), L >= 2; label (B,) integers 0..L-1, any value where has_label (B,) bool is False. Samples
+    without a label add nothing, and the mean is over the others; 0 if there are none. Computed from logits
+    without clipping, so a confident mistake keeps its gradient. NaN logits give a NaN loss. ValueError for
+    wrong shapes, dtypes, labels (on the CPU).
     """
     if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
-        raise ValueError(f"logits: got {logits.dtype} of shape {tuple(logits.shape)}, needs floats (B, L), L >= 2")
+        raise ValueError(
+            f"logits: got {logits.dtype} of shape {tuple(logits.shape)}, needs floats (B, L), L >= 2"
+        )
     if gamma < 0:
         raise ValueError(f"gamma: got {gamma}, needs >= 0")
     has = presence(has_label, logits.shape[0], logits.device, "has_label")

@@ -17,23 +17,28 @@ Scaling = Literal["rank", "minmax"]
 
 
 def rank_scale(difficulty: Tensor, has: Tensor | None = None) -> Tensor:
-    """Rank of each value (B,) among those in has (B,) bool, from 0 (least) to 1 (greatest); ties share their mean rank.
+    """Rank of each value (B,) among those in has (B,) bool, from 0 (least) to 1 (greatest); ties share
+    their mean rank.
 
-    A single value has no rank and stays as it is (a difficulty already lies in [0, 1]). Values outside has give 0.
+    A single value has no rank and stays as it is (a difficulty already lies in [0, 1]). Values outside has
+    give 0.
     """
     has = presence(has, difficulty.shape[0], difficulty.device, "has")
     among = has[None, :] & has[:, None]
     below = (among & (difficulty[None, :] < difficulty[:, None])).sum(1)
     tied = (among & (difficulty[None, :] == difficulty[:, None])).sum(1)
     count = has.sum()
-    rank = (below + 0.5 * (tied - 1)) / (count - 1).clamp(min=1)
-    return only_where(has, torch.where(count > 1, rank.to(difficulty.dtype), difficulty))
+    rank = ((below + 0.5 * (tied - 1)) / (count - 1).clamp(min=1)).to(difficulty.dtype)
+    # NaN equals nothing, itself included, and stays NaN rather than take a rank.
+    return only_where(has, torch.where((count > 1) & ~difficulty.isnan(), rank, difficulty))
 
 
 def minmax_scale(difficulty: Tensor, has: Tensor | None = None) -> Tensor:
-    """The published scaling of difficulties (B,): 1 at the greatest of those in has (B,) bool, 0 at the least.
+    """The published scaling of difficulties (B,): 1 at the greatest of those in has (B,) bool, 0 at the
+    least.
 
-    A single value, or all equal, gives 1, an open gate. The result is kept 1e-6 inside [0, 1]; values outside has give 0.
+    A single value, or all equal, gives 1, an open gate. The result is kept 1e-6 inside [0, 1]; values
+    outside has give 0.
     """
     has = presence(has, difficulty.shape[0], difficulty.device, "has")
     least = torch.where(has, difficulty, torch.inf).amin()
@@ -44,7 +49,8 @@ def minmax_scale(difficulty: Tensor, has: Tensor | None = None) -> Tensor:
 
 
 def gate_cross_entropy(gate: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy of gates against targets of the same shape, elementwise, the gates kept 1e-6 inside [0, 1]."""
+    """Binary cross-entropy of gates against targets of the same shape, elementwise, the gates kept 1e-6
+    inside [0, 1]."""
     gate = gate.clamp(GATE_EPS, 1 - GATE_EPS)
     return -(target * gate.log() + (1 - target) * torch.log1p(-gate))
 
@@ -58,10 +64,11 @@ def gate_targets(
     *,
     scaling: Scaling = "rank",
 ) -> tuple[Tensor, Tensor]:
-    """Difficulty targets (B,) for w_seg and for w_cls, in [0, 1], without gradient; 0 where the truth is missing.
+    """Difficulty targets (B,) for w_seg and for w_cls, in [0, 1], without gradient; 0 where the truth is
+    missing.
 
-    For w_seg 1 - soft IoU (for K > 1 classes its mean over the classes present in the mask), for w_cls 1 - greatest
-    class probability, each scaled within the batch over the samples that have the truth.
+    For w_seg 1 - soft IoU (for K > 1 classes its mean over the classes present in the mask), for w_cls 1 -
+    greatest class probability, each scaled within the batch over the samples that have the truth.
     """
     if scaling not in ("rank", "minmax"):
         raise ValueError(f'scaling: got {scaling!r}, needs "rank" or "minmax"')
@@ -86,15 +93,19 @@ def gate_loss(
     *,
     scaling: Scaling = "rank",
 ) -> Tensor:
-    """Gate loss of stage 2 (SPEC §5): mean binary cross-entropy of w_seg over levels and samples plus that of w_cls.
+    """Gate loss of stage 2 (SPEC §5): mean binary cross-entropy of w_seg over levels and samples plus that
+    of w_cls.
 
-    gates: one (B, 2) tensor [w_seg, w_cls] in [0, 1] a level; seg_logits, mask and has_mask as in segmentation_loss;
-    cls_logits (B, L); label is not looked at (a difficulty is 1 - confidence), but has_label (B,) bool leaves samples
-    out. scaling="rank": targets are ranks within the batch; "minmax" is the published scaling, under which a batch of
-    one always asks for open gates. A scalar in fp32; gradients reach the gates only. ValueError where there are no gates.
+    gates: one (B, 2) tensor [w_seg, w_cls] in [0, 1] a level; seg_logits, mask and has_mask as in
+    segmentation_loss; cls_logits (B, L); label is not looked at (a difficulty is 1 - confidence), but
+    has_label (B,) bool leaves samples out. scaling="rank": targets are ranks within the batch; "minmax" is
+    the published scaling, under which a batch of one always asks for open gates. A scalar in fp32;
+    gradients reach the gates only. ValueError where there are no gates.
     """
     if not gates:
-        raise ValueError('gates: got none, needs one (B, 2) tensor a level (interaction="none" has no gates to train)')
+        raise ValueError(
+            'gates: got none, needs one (B, 2) tensor a level (interaction="none" has no gates to train)'
+        )
     batch = seg_logits.shape[0]
     for level, gate in enumerate(gates):
         if gate.shape != (batch, 2):

@@ -1,7 +1,7 @@
 """The mask loss of BTI-Net: focal Tversky with a size boost, plus a boundary and a texture term.
 
-The parts work on probabilities, on every plane of (B, K, H, W) by itself; the published code is their case K = 1.
-`segmentation_loss`, on logits, is what training calls.
+The parts work on probabilities, on every plane of (B, K, H, W) by itself; the published code is their case
+K = 1. `segmentation_loss`, on logits, is what training calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bti_fast.losses._common import EPS, full_precision, mean_where, only_where, presence, without_autocast
+from bti_fast.losses._common import (
+    EPS,
+    can_look_at,
+    full_precision,
+    mean_where,
+    only_where,
+    presence,
+    without_autocast,
+)
 
 TVERSKY_EXPONENT = 0.75
 BOUNDARY_WEIGHT = 0.25
@@ -23,7 +31,8 @@ Boundary = Literal["soft", "hard"]
 
 
 def curvature_kernel(*, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-    """The filter of the boundary term, (5, 5): (x² - y²) · exp(-(x² + y²) / (2 · 1.25²)), magnitudes summing to 1."""
+    """The filter of the boundary term, (5, 5): (x² - y²) · exp(-(x² + y²) / (2 · 1.25²)), magnitudes
+    summing to 1."""
     squares = torch.arange(-2, 3, dtype=torch.float64) ** 2
     y2, x2 = squares[:, None], squares[None, :]
     kernel = (x2 - y2) * torch.exp(-(x2 + y2) / (2 * 1.25**2))
@@ -31,14 +40,15 @@ def curvature_kernel(*, dtype: torch.dtype = torch.float32, device: torch.device
 
 
 def tversky_index(prob: Tensor, mask: Tensor) -> Tensor:
-    """Tversky index with α = β = 0.5, which is the Dice coefficient, of each plane: (B, K, H, W) twice -> (B, K)."""
+    """Tversky index with α = β = 0.5, which is the Dice coefficient, of each plane: (B, K, H, W) twice ->
+    (B, K)."""
     overlap = (mask * prob).sum(PLANE)
     return (overlap + EPS) / (0.5 * (mask.sum(PLANE) + prob.sum(PLANE)) + EPS)
 
 
 def soft_iou(prob: Tensor, mask: Tensor) -> Tensor:
-    """Intersection over union of probabilities with each plane of the mask, (B, K, H, W) twice -> (B, K); 0 where
-    the mask is empty."""
+    """Intersection over union of probabilities with each plane of the mask, (B, K, H, W) twice -> (B, K); 0
+    where the mask is empty."""
     overlap = (mask * prob).sum(PLANE)
     return overlap / (mask.sum(PLANE) + prob.sum(PLANE) - overlap + EPS)
 
@@ -74,13 +84,15 @@ def texture_loss(prob: Tensor, mask: Tensor) -> Tensor:
     return (spread(mask) - spread(prob)).abs()
 
 
-def lesion_focus(prob: Tensor, mask: Tensor, *, boundary: Boundary = "soft", nonfinite: str = "keep") -> Tensor:
+def lesion_focus(
+    prob: Tensor, mask: Tensor, *, boundary: Boundary = "soft", nonfinite: str = "keep"
+) -> Tensor:
     """The whole mask loss of each sample from probabilities: prob, mask (B, K, H, W) in [0, 1] -> (B,).
 
-    (1 - Tversky)^0.75 · (1 + exp(-10 · area fraction of the mask)) + 0.25 · boundary + 0.15 · texture, mean over the
-    K planes. The published code adds the batch mean of the last two terms to every sample; the mean over the batch
-    is the same. nonfinite="zero" takes NaN and Inf probabilities for 0, as the published code does; "keep" lets them
-    show in the loss.
+    (1 - Tversky)^0.75 · (1 + exp(-10 · area fraction of the mask)) + 0.25 · boundary + 0.15 · texture, mean
+    over the K planes. The published code adds the batch mean of the last two terms to every sample; the
+    mean over the batch is the same. nonfinite="zero" takes NaN and Inf probabilities for 0, as the
+    published code does; "keep" lets them show in the loss.
     """
     if nonfinite == "zero":
         prob = torch.where(torch.isfinite(prob), prob, torch.zeros_like(prob))
@@ -101,14 +113,15 @@ def segmentation_loss(
 ) -> Tensor:
     """Mask loss of a batch (SPEC §5), a scalar in fp32 (fp64 for fp64 logits).
 
-    logits (B, K, H, W). mask for K = 1: (B, 1, H, W) in [0, 1]. For K > 1 the classes exclude each other (softmax):
-    mask is (B, 1, H, W) with class indices 0..K-1 of any dtype, or (B, K, H, W) with a share in [0, 1] per class, and
-    the loss is the mean over all K classes, background included, of each class against the rest.
-    has_mask (B,) bool: samples without a mask add nothing, and the mean is over the others; 0 if there are none.
-    boundary="hard" is the published boundary term, which has no gradient.
+    logits (B, K, H, W). mask for K = 1: (B, 1, H, W) in [0, 1]. For K > 1 the classes exclude each other
+    (softmax): mask is (B, 1, H, W) with class indices 0..K-1 of any dtype, or (B, K, H, W) with a share in
+    [0, 1] per class, and the loss is the mean over all K classes, background included, of each class
+    against the rest. has_mask (B,) bool: samples without a mask add nothing, and the mean is over the
+    others; 0 if there are none. boundary="hard" is the published boundary term, which has no gradient.
 
-    A lesion-free image gets almost no gradient from the Tversky term (its index is 1e-10 whatever is predicted): only
-    the other two terms train on it. NaN logits give a NaN loss. ValueError for wrong shapes.
+    A lesion-free image gets almost no gradient from the Tversky term (its index is 1e-10 whatever is
+    predicted): only the other two terms train on it. NaN logits give a NaN loss. ValueError for wrong
+    shapes, and on the CPU for mask values out of range.
     """
     with without_autocast(logits):
         has, logits, mask = prepare_masks(logits, mask, has_mask)
@@ -118,19 +131,34 @@ def segmentation_loss(
 def prepare_masks(logits: Tensor, mask: Tensor, has_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """has (B,), logits (B, K, H, W) and mask (B, K, H, W), in full precision, missing samples zeroed."""
     if logits.dim() != 4 or not logits.is_floating_point():
-        raise ValueError(f"logits: got {logits.dtype} of shape {tuple(logits.shape)}, needs floats (B, K, H, W)")
+        raise ValueError(
+            f"logits: got {logits.dtype} of shape {tuple(logits.shape)}, needs floats (B, K, H, W)"
+        )
     batch, classes = logits.shape[:2]
     size = tuple(logits.shape[2:])
     has = presence(has_mask, batch, logits.device, "has_mask")
-    if mask.dim() != 4 or mask.shape[0] != batch or mask.shape[1] not in (1, classes) or tuple(mask.shape[2:]) != size:
+    if (
+        mask.dim() != 4
+        or mask.shape[0] != batch
+        or mask.shape[1] not in (1, classes)
+        or tuple(mask.shape[2:]) != size
+    ):
         needs = " or ".join(str((batch, k, *size)) for k in sorted({1, classes}))
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, needs {needs}")
+    mask = only_where(has, mask)
+    if can_look_at(mask) and mask.numel():
+        highest = classes - 1 if mask.shape[1] != classes else 1
+        least, greatest = float(mask.amin()), float(mask.amax())
+        slack = 1e-4  # area averages and resampling round
+        if not (-slack <= least and greatest <= highest + slack):
+            raise ValueError(f"mask: got values {least:g}..{greatest:g}, needs 0..{highest}")
     logits = only_where(has, full_precision(logits))
-    return has, logits, class_planes(only_where(has, mask), classes).to(logits.dtype)
+    return has, logits, class_planes(mask, classes).to(logits.dtype)
 
 
 def class_planes(mask: Tensor, classes: int) -> Tensor:
-    """A mask of class indices (B, 1, H, W) as one plane a class (B, K, H, W); a mask that has planes stays."""
+    """A mask of class indices (B, 1, H, W) as one plane a class (B, K, H, W); a mask that has planes
+    stays."""
     if classes == 1 or mask.shape[1] == classes:
         return mask
     return mask == torch.arange(classes, device=mask.device).view(1, -1, 1, 1)

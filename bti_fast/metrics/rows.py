@@ -21,7 +21,8 @@ SIGNALS: dict[str, int] = {
 
 
 class CaseRow(TypedDict):
-    """What evaluation knows of one case; plain Python, fit for JSON. None stands for "not known" or "not defined"."""
+    """What evaluation knows of one case; plain Python, fit for JSON. None stands for "not known" or "not
+    defined"."""
 
     id: str
     iou: float | None  # 0..1; None without a true mask
@@ -40,11 +41,12 @@ def failure_signals(
     mask_entropy: float | None = None,
     class_entropy: float | None = None,
 ) -> dict[str, float]:
-    """The failure signals of one case, named as in SIGNALS and turned so that higher means failure more likely.
+    """The failure signals of one case, named as in SIGNALS and turned so that higher means failure more
+    likely.
 
-    gates: per level [w_seg, w_cls]; proxies: per level SPEC §1.3's [alignment, complexity, confidence]; both averaged
-    over the levels. mask_entropy: mean over the pixels of entropy_uncertainty(seg_logits); class_entropy: that of the
-    class logits. What is not given is not in the result.
+    gates: per level [w_seg, w_cls]; proxies: per level SPEC §1.3's [alignment, complexity, confidence];
+    both averaged over the levels. mask_entropy: mean over the pixels of entropy_uncertainty(seg_logits);
+    class_entropy: that of the class logits. What is not given is not in the result.
     """
     found: dict[str, float] = {}
     for names, levels in ((("w_seg", "w_cls"), gates), (("alignment", "complexity", "confidence"), proxies)):
@@ -61,7 +63,8 @@ def failure_signals(
 
 
 def predicted_class(row: Mapping) -> int:
-    """Index of the greatest class probability, the first of equals; ValueError for a probability that is not finite."""
+    """Index of the greatest class probability, the first of equals; ValueError for a probability that is
+    not finite."""
     prob = [float(p) for p in row["class_prob"]]
     if not prob or not all(math.isfinite(p) for p in prob):
         raise ValueError(f"case {row['id']}: class_prob is {prob}, needs finite probabilities")
@@ -69,7 +72,8 @@ def predicted_class(row: Mapping) -> int:
 
 
 def is_failure(row: Mapping) -> bool | None:
-    """Whether the case failed: IoU < 0.5 or a wrong class, judged by what is known of it; None if neither is."""
+    """Whether the case failed: IoU < 0.5 or a wrong class, judged by what is known of it; None if neither
+    is."""
     verdicts = []
     if row["iou"] is not None:
         verdicts.append(row["iou"] < FAILURE_IOU)
