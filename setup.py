@@ -1,0 +1,53 @@
+"""Builds the package; metadata is in pyproject.toml, what is compiled and how in _build_backend/native_build.py."""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "_build_backend"))
+
+import native_build  # noqa: E402
+
+BUILDING = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv)
+plan = native_build.make_plan()
+if BUILDING:
+    native_build.announce(plan)
+
+
+def package_folder(command) -> Path:
+    in_place = getattr(command, "editable_mode", False) or getattr(command, "inplace", False)
+    return ROOT / "bti_fast" if in_place else Path(command.build_lib).resolve() / "bti_fast"
+
+
+class BuildPython(build_py):
+    """The Python files, the record of the build, and no stand-in for the real kernels package."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[:2] != ("bti_fast", "kernels")]
+
+    def run(self):
+        super().run()
+        native_build.write_record(plan, package_folder(self))
+
+
+class BuildNative(build_ext):
+    """Hands everything to CMake."""
+
+    def run(self):
+        native_build.build(plan, package_folder(self))
+
+    def get_outputs(self):
+        return []
+
+
+setup(
+    packages=[*find_packages(include=["bti_fast", "bti_fast.*"]), "bti_fast.kernels"],
+    package_dir={"bti_fast": "bti_fast", "bti_fast.kernels": "kernels"},
+    ext_modules=[Extension("bti_fast._native", sources=[])] if plan.native else [],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
+)
