@@ -1,0 +1,173 @@
+"""The drop-in exchange between a segmentation decoder and a classification decoder, gated by uncertainty."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bti_fast import ops
+from bti_fast.nn.checks import check_features, check_logits, check_map
+from bti_fast.nn.cross_decoder_attention import CrossDecoderAttention
+from bti_fast.nn.task_interaction import TaskInteraction, UncertaintyProxyAttention, operator_weights
+
+
+class GatedInteractionOutput(NamedTuple):
+    """What an interaction returns.
+
+    seg and cls in the shapes of the inputs; gates (B, 2) = [w_seg, w_cls] in [0, 1]; uncertainty: the three
+    signals (B, 3), or the entropy map (B, *spatial), or None; seg_logits (B, K, *spatial) and cls_logits (B, L)
+    are the module's own auxiliary logits, or None.
+    """
+
+    seg: Tensor
+    cls: Tensor
+    gates: Tensor
+    uncertainty: Tensor | None
+    seg_logits: Tensor | None
+    cls_logits: Tensor | None
+
+
+class FixedInteraction(nn.Module):
+    """The paper's task interaction without gates: both weights are one (an ablation row)."""
+
+    def __init__(self, seg_channels: int, cls_features: int = 256, *, tau: float = 0.7) -> None:
+        super().__init__()
+        self.tim = TaskInteraction(seg_channels, cls_features, tau=tau)
+
+    def forward(self, seg: Tensor, cls: Tensor) -> GatedInteractionOutput:
+        out = self.tim(seg, cls)
+        gates = torch.ones(seg.shape[0], 2, dtype=torch.float32, device=seg.device)
+        return GatedInteractionOutput(out.seg, out.cls, gates, None, None, None)
+
+
+class EntropyExchange(nn.Module):
+    """Exchange gated by the entropy of the two predictions (SPEC 1.2 and 3).
+
+    The weights of uncertainty itself are kept positive, so that more uncertainty never lets less through.
+    """
+
+    def __init__(self, seg_channels: int, cls_features: int, *, tau: float = 0.7) -> None:
+        super().__init__()
+        self.tau = tau
+        self.prior = nn.Linear(cls_features, seg_channels)
+        self.context = nn.Linear(seg_channels, cls_features)
+        self.context_gate = nn.Linear(cls_features, cls_features)
+        one = torch.tensor(1.0)
+        self.raw_alpha = nn.Parameter(torch.log(torch.expm1(one)).repeat(2))  # softplus of it is 1
+        self.beta = nn.Parameter(torch.zeros(2))  # [towards seg, towards cls]
+        self.gamma = nn.Parameter(torch.zeros(2))
+
+    def forward(
+        self, seg: Tensor, cls: Tensor, seg_logits: Tensor, cls_logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """seg' (B, C, *spatial), cls' (B, F), gates (B, 2) and the entropy map (B, *spatial)."""
+        alpha = F.softplus(self.raw_alpha)
+        cls_uncertainty = ops.entropy_uncertainty(cls_logits)  # [B]
+        prior = self.prior(cls).sigmoid()  # [B, C]
+        coeffs = torch.stack((alpha[0], self.beta[0], self.gamma[0]))
+        fused = ops.gated_fusion(seg, seg_logits, prior, cls_uncertainty, coeffs, tau=self.tau)
+        context = F.relu(self.context(fused.pooled.to(self.context.weight.dtype)))  # [B, F]
+        r_cls = torch.sigmoid(
+            alpha[1] * cls_uncertainty + self.beta[1] * (1 - fused.mean_uncertainty) + self.gamma[1]
+        )  # [B]
+        cls_out = cls + (r_cls[:, None] * self.context_gate(context).sigmoid() * context).to(cls.dtype)
+        offset = self.beta[0] * (1 - cls_uncertainty) + self.gamma[0]  # [B]
+        r_seg = torch.sigmoid(alpha[0] * fused.uncertainty.flatten(1) + offset[:, None]).mean(1)  # [B]
+        return fused.x, cls_out, torch.stack((r_seg, r_cls), 1), fused.uncertainty
+
+
+class GatedInteraction(nn.Module):
+    """Lets a segmentation map and a classification vector correct each other, as far as they are unsure.
+
+    forward(seg (B, C, *spatial), cls (B, F), seg_logits (B, K, *spatial) = None, cls_logits (B, L) = None),
+    1 to 3 spatial axes, gives a GatedInteractionOutput. With attention_heads > 0 cls may be tokens (B, M, F):
+    the fusion then reads their mean, and what it adds is added to every token.
+
+    uncertainty="proxy" is the paper's module and ignores logits; "entropy" uses the logits given, or those of
+    heads of its own (the linear head needs cls_classes), which it returns for deep supervision.
+    Batch statistics are used while the batch normalisation inside is in training mode.
+    Raises TypeError or ValueError naming the argument, what was found and what is needed.
+    Source: SPEC section 3; BTI-Net (arXiv 2606.29102).
+    """
+
+    def __init__(
+        self,
+        seg_channels: int,
+        cls_features: int = 256,
+        *,
+        uncertainty: str = "proxy",
+        attention_heads: int = 0,
+        seg_classes: int = 1,
+        cls_classes: int | None = None,
+        tau: float = 0.7,
+    ) -> None:
+        super().__init__()
+        if uncertainty not in ("proxy", "entropy"):
+            raise ValueError(f"uncertainty: found {uncertainty!r}, needed 'proxy' or 'entropy'")
+        if attention_heads < 0:
+            raise ValueError(f"attention_heads: found {attention_heads}, needed 0 or more")
+        self.uncertainty = uncertainty
+        self.seg_channels = seg_channels
+        self.cls_features = cls_features
+        self.seg_classes = seg_classes
+        self.cls_classes = cls_classes
+        self.tau = tau
+        self.attention = (
+            CrossDecoderAttention(seg_channels, cls_features, attention_heads) if attention_heads else None
+        )
+        if uncertainty == "proxy":
+            self.tim = TaskInteraction(seg_channels, cls_features, tau=tau)
+            self.upa = UncertaintyProxyAttention(seg_channels, cls_features)
+        else:
+            self.exchange = EntropyExchange(seg_channels, cls_features, tau=tau)
+            self.seg_head = nn.Linear(seg_channels, seg_classes)  # a 1x1 convolution over any spatial rank
+            self.cls_head = nn.Linear(cls_features, cls_classes) if cls_classes is not None else None
+
+    def forward(
+        self, seg: Tensor, cls: Tensor, seg_logits: Tensor | None = None, cls_logits: Tensor | None = None
+    ) -> GatedInteractionOutput:
+        check_map("seg", seg, self.seg_channels)
+        check_features("cls", cls, seg, self.cls_features, tokens=self.attention is not None)
+        if self.attention is not None:
+            seg, cls = self.attention(seg, cls)
+        vector = cls.mean(1) if cls.ndim == 3 else cls  # [B, F]
+        if self.uncertainty == "proxy":
+            seg_out, vector_out, gates, signals = ops.task_interaction(
+                seg, vector, operator_weights(self.tim, self.upa), tau=self.tau, training=self.tim.s2c_bn.training
+            )
+            auxiliary = (None, None)
+        else:
+            seg_logits, cls_logits, auxiliary = self._logits(seg, vector, seg_logits, cls_logits)
+            seg_out, vector_out, gates, signals = self.exchange(seg, vector, seg_logits, cls_logits)
+        cls_out = cls + (vector_out - vector)[:, None] if cls.ndim == 3 else vector_out
+        return GatedInteractionOutput(seg_out, cls_out, gates, signals, *auxiliary)
+
+    def _logits(
+        self, seg: Tensor, cls: Tensor, seg_logits: Tensor | None, cls_logits: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+        """Both logits, and those among them that this module's own heads made."""
+        own_seg = own_cls = None
+        if seg_logits is None:
+            flat = F.conv1d(seg.flatten(2), self.seg_head.weight[:, :, None], self.seg_head.bias)
+            seg_logits = own_seg = flat.unflatten(2, seg.shape[2:])
+        else:
+            check_logits("seg_logits", seg_logits, (seg.shape[0], self.seg_classes, *seg.shape[2:]), seg)
+        if cls_logits is None:
+            if self.cls_head is None:
+                raise ValueError("cls_logits: found None, needed logits (B, L) or cls_classes at construction")
+            cls_logits = own_cls = self.cls_head(cls)
+        elif self.cls_classes is not None:
+            check_logits("cls_logits", cls_logits, (seg.shape[0], self.cls_classes), seg)
+        elif cls_logits.ndim != 2 or cls_logits.shape[0] != seg.shape[0]:
+            raise ValueError(f"cls_logits: found shape {tuple(cls_logits.shape)}, needed ({seg.shape[0]}, L)")
+        return seg_logits, cls_logits, (own_seg, own_cls)
+
+    def gate_parameters(self):
+        """The parameters that decide how much is let through: what stage 2 of the recipe trains."""
+        if self.uncertainty == "proxy":
+            yield from self.upa.parameters()
+        else:
+            yield from (self.exchange.raw_alpha, self.exchange.beta, self.exchange.gamma)
