@@ -1,0 +1,144 @@
+"""The operator cross_attention: two decoders attend to each other through one similarity matrix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bti_fast.ops.backends import no_limits, reference_backend
+from bti_fast.ops.checks import check_device, check_rank, check_shape, check_tensor
+from bti_fast.ops.dispatch import Backend, Operator, like
+from bti_fast.ops.sdpa import sdpa_cross_attention, sdpa_cross_attention_backward
+from bti_fast.reference import cross_attention as reference
+from bti_fast.reference import cross_attention_backward as reference_backward
+from bti_fast.reference.numerics import accumulate_dtype
+
+
+class CrossAttention(NamedTuple):
+    """What cross_attention returns."""
+
+    out_q: Tensor  # (B, h, N, e), dtype and layout of v_q
+    out_k: Tensor  # (B, h, M, e), dtype and layout of v_k
+
+
+def _fake(q, k, v_q, v_k, q_mask, k_mask, scale):
+    dtype = accumulate_dtype(q)
+    return (
+        torch.empty_like(v_q),
+        torch.empty_like(v_k),
+        q.new_empty(q.shape[:3], dtype=dtype),
+        k.new_empty(k.shape[:3], dtype=dtype),
+    )
+
+
+def _fake_backward(grad_q, grad_k, q, k, v_q, v_k, *saved):
+    return tuple(torch.empty_like(value) for value in (q, k, v_q, v_k))
+
+
+def _in_layout(forward, backward):
+    """Forward and backward whose results lie as the fakes promise."""
+
+    def run(q, k, v_q, v_k, *rest):
+        out_q, out_k, row_lse, column_lse = forward(q, k, v_q, v_k, *rest)
+        return like(out_q, v_q), like(out_k, v_k), row_lse.contiguous(), column_lse.contiguous()
+
+    def run_backward(*args):
+        return tuple(like(grad, value) for grad, value in zip(backward(*args), args[2:6], strict=True))
+
+    return run, run_backward
+
+
+OPERATOR = Operator(
+    name="cross_attention",
+    schema="(Tensor q, Tensor k, Tensor v_q, Tensor v_k, Tensor? q_mask, Tensor? k_mask, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    backward_schema="(Tensor grad_out_q, Tensor grad_out_k, Tensor q, Tensor k, Tensor v_q, Tensor v_k,"
+    " Tensor out_q, Tensor out_k, Tensor row_lse, Tensor column_lse, Tensor? q_mask, Tensor? k_mask,"
+    " float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    saves=lambda inputs, outputs: (*inputs[:4], *outputs, *inputs[4:]),
+    primals=lambda args: (*args[2:6], *args[10:]),
+    gradients=lambda primals, result: (*result, None, None, None),
+    differentiable=2,
+)
+OPERATOR.add(reference_backend(*_in_layout(reference, reference_backward)))
+OPERATOR.add(Backend("sdpa", no_limits, *_in_layout(sdpa_cross_attention, sdpa_cross_attention_backward)))
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v_q: Tensor,
+    v_k: Tensor,
+    *,
+    q_mask: Tensor | None = None,
+    k_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> CrossAttention:
+    """Attention between a dense decoder (N tokens) and a class decoder (M tokens), in both directions at once.
+
+    Args:
+        q: (B, h, N, d) dense tokens, token-major or a view of channel-major maps (B, h*d, H, W).
+        k: (B, h, M, d) class-side tokens.
+        v_q: (B, h, N, e) values of the dense tokens, read by the class side.
+        v_k: (B, h, M, e) values of the class-side tokens, read by the dense side.
+        q_mask: (B, N) bool, True = takes part; None: all do.
+        k_mask: (B, M) bool, likewise.
+        scale: factor on the similarities; None means d ** -0.5, and 0.0 is legal.
+
+    Returns:
+        CrossAttention(out_q, out_k). A token that is masked, or has nothing to attend to, gets zeros.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, the dtypes differ, a mask is not bool, or scale
+            is not a number.
+        ValueError: a shape or a device does not fit.
+
+    Source: SPEC 1.4; the maths of shared-query/key bidirectional attention (LightGlue, GLIP, Grounding DINO).
+    """
+    name = "cross_attention"
+    tensors = {"q": q, "k": k, "v_q": v_q, "v_k": v_k}
+    for argument, value in tensors.items():
+        check_tensor(name, argument, value)
+        check_rank(name, argument, value, 4, 4, "(B, heads, tokens, dim)")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v_q, v_k = (_autocast(value) for value in (q, k, v_q, v_k))
+        tensors = {"q": q, "k": k, "v_q": v_q, "v_k": v_k}
+    for argument, value in tensors.items():
+        check_device(name, argument, value, "q", q)
+        if value.dtype != q.dtype:
+            raise TypeError(f"{name}: {argument} must have q's dtype {q.dtype}, got {value.dtype}")
+    batch, heads, n, d = q.shape
+    m, e = k.shape[2], v_k.shape[3]
+    check_shape(name, "k", k, (batch, heads, m, d), "(B, h, M, d)")
+    check_shape(name, "v_q", v_q, (batch, heads, n, e), "(B, h, N, e)")
+    check_shape(name, "v_k", v_k, (batch, heads, m, e), "(B, h, M, e)")
+    if d < 1:
+        raise ValueError(f"{name}: q needs a head dimension of at least 1, got {tuple(q.shape)}")
+    for argument, mask, shape, meaning in (
+        ("q_mask", q_mask, (batch, n), "(B, N)"),
+        ("k_mask", k_mask, (batch, m), "(B, M)"),
+    ):
+        if mask is not None:
+            _check_mask(argument, mask, shape, meaning, q)
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
+    factor = d**-0.5 if scale is None else float(scale)
+    return CrossAttention(*OPERATOR.op(q, k, v_q, v_k, q_mask, k_mask, factor)[:2])
+
+
+def _autocast(value: Tensor) -> Tensor:
+    """Under autocast the four tensors come from linear layers and normalisations of different dtypes."""
+    wide = value.dtype == torch.float64
+    return value if wide else value.to(torch.get_autocast_dtype(value.device.type))
+
+
+def _check_mask(argument: str, mask: object, shape: tuple, meaning: str, q: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"cross_attention: {argument} must be a bool tensor (True = takes part), got {found}")
+    check_device("cross_attention", argument, mask, "q", q)
+    check_shape("cross_attention", argument, mask, shape, meaning)
