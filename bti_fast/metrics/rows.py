@@ -62,12 +62,19 @@ def failure_signals(
     return {name: SIGNALS[name] * value for name, value in found.items()}
 
 
-def predicted_class(row: Mapping) -> int:
-    """Index of the greatest class probability, the first of equals; ValueError for a probability that is
-    not finite."""
+def check_probabilities(row: Mapping, classes: int | None = None) -> list[float]:
+    """The class probabilities of a row; ValueError naming the case unless they are (classes many) finite
+    numbers."""
     prob = [float(p) for p in row["class_prob"]]
-    if not prob or not all(math.isfinite(p) for p in prob):
-        raise ValueError(f"case {row['id']}: class_prob is {prob}, needs finite probabilities")
+    if not prob or not all(math.isfinite(p) for p in prob) or classes not in (None, len(prob)):
+        needs = "finite probabilities" if classes is None else f"{classes} finite probabilities"
+        raise ValueError(f"case {row['id']}: class_prob is {prob}, needs {needs}")
+    return prob
+
+
+def predicted_class(row: Mapping) -> int:
+    """Index of the greatest class probability, the first of equals."""
+    prob = check_probabilities(row)
     return prob.index(max(prob))
 
 
