@@ -60,7 +60,7 @@ def check_labels(label: Tensor, classes: int, has: Tensor) -> None:
         or label.dtype == torch.bool
     ):
         raise ValueError(
-            f"label: got {label.dtype} of shape {tuple(label.shape)}, needs integers of shape ({has.shape[0]},)"
+            f"label: got {label.dtype} of shape {tuple(label.shape)}, needs integers of {tuple(has.shape)}"
         )
     if can_look_at(label) and can_look_at(has):
         wrong = has & ((label < 0) | (label >= classes))
