@@ -22,16 +22,17 @@ struct Positions {
 
   BTI_FAST_HD int64_t inner() const { return size[dims - 1]; }
 
-  // Offsets, in elements, of position `index` in each tensor.
-  BTI_FAST_HD void offsets(int64_t index, int64_t (&out)[Tensors]) const {
+  // Offsets, in elements, of position `index` in each tensor; Index is wide enough for them all.
+  template <typename Index>
+  BTI_FAST_HD void offsets(Index index, Index (&out)[Tensors]) const {
     for (int t = 0; t < Tensors; ++t) out[t] = 0;
     for (int d = dims - 1; d > 0; --d) {
-      const int64_t next = index / size[d];
-      const int64_t at = index - next * size[d];
-      for (int t = 0; t < Tensors; ++t) out[t] += at * stride[t][d];
+      const Index next = index / static_cast<Index>(size[d]);
+      const Index at = index - next * static_cast<Index>(size[d]);
+      for (int t = 0; t < Tensors; ++t) out[t] += at * static_cast<Index>(stride[t][d]);
       index = next;
     }
-    for (int t = 0; t < Tensors; ++t) out[t] += index * stride[t][0];
+    for (int t = 0; t < Tensors; ++t) out[t] += index * static_cast<Index>(stride[t][0]);
   }
 };
 
