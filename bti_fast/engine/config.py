@@ -1,0 +1,312 @@
+"""Typed settings of train, evaluate and predict: one field, one default, one sentence of help, one check."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from bti_fast.errors import UserError
+
+Interaction = Literal["none", "fixed", "proxy", "entropy", "attention"]
+
+
+def option(
+    default: Any, help: str, group: str, *, low: float | None = None, high: float | None = None
+) -> Any:
+    """A dataclass field that carries its help text, its group in `--help` and its closed range."""
+    return field(default=default, metadata={"help": help, "group": group, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the weights of a training run. The defaults are the paper's recipe."""
+
+    data: str | None = option(
+        None, "Folder with the images: BUSI as released, or any folder with a manifest.csv.", "Data"
+    )
+    out: str | None = option(
+        None, "Folder of this run: weights, logs, report. Must not hold another run.", "Data"
+    )
+    layout: str = option(
+        "auto", "How the data folder is organised: busi, manifest, or auto to look for itself.", "Data"
+    )
+    split: Literal["grouped", "official", "random"] = option(
+        "grouped",
+        "How cases are divided: grouped keeps near-duplicates and patients together, the others may leak.",
+        "Data",
+    )
+    val_fraction: float = option(
+        0.15, "Share of the cases for validation, 0 to 1.", "Data", low=0.0, high=0.9
+    )
+    test_fraction: float = option(
+        0.15, "Share of the cases held back for evaluate, 0 to 1.", "Data", low=0.0, high=0.9
+    )
+    split_seed: int = option(
+        0, "Which random division; keep it to compare models on the same test cases.", "Data"
+    )
+    size: int = option(
+        224,
+        "Side of the square that images are brought to, in pixels, a multiple of 32.",
+        "Data",
+        low=32,
+        high=2048,
+    )
+    channels: Literal[1, 3] = option(
+        3, "Image channels: 1 grey, 3 colour (grey images are repeated).", "Data"
+    )
+    augment: bool = option(True, "Random flips and rotations up to 15 degrees while training.", "Data")
+
+    encoder: str = option(
+        "efficientnet-b4", "Encoder, efficientnet-b0 (small, fast) to efficientnet-b7.", "Model"
+    )
+    encoder_weights: str | None = option(
+        None, "File with encoder weights to start from; none starts at random.", "Model"
+    )
+    interaction: Interaction = option(
+        "proxy",
+        "How the two decoders help each other: none, fixed, proxy (the paper), entropy or attention.",
+        "Model",
+    )
+    dropout: float = option(
+        0.3, "Share of features dropped while training, 0 to 1.", "Model", low=0.0, high=0.95
+    )
+
+    epochs: int = option(
+        150, "Stage 1 (whole network): most passes over the training images.", "Training", low=1, high=100000
+    )
+    batch_size: int = option(
+        8, "Images per step, at least 2; lower it if memory runs out.", "Training", low=2, high=4096
+    )
+    learning_rate: float = option(3e-4, "Adam's step size at the start.", "Training", low=1e-8, high=1.0)
+    lr_floor: float = option(
+        0.03, "The step size falls along a cosine to this share of its start.", "Training", low=0.0, high=1.0
+    )
+    plateau_factor: float = option(
+        0.55, "The step size is multiplied by this when validation stalls.", "Training", low=0.01, high=1.0
+    )
+    plateau_patience: int = option(
+        7, "Epochs without progress before that happens.", "Training", low=1, high=100000
+    )
+    plateau_cooldown: int = option(
+        2, "Epochs to wait after it before counting again.", "Training", low=0, high=100000
+    )
+    clip_norm: float = option(
+        1.0, "Gradients longer than this are shortened to it.", "Training", low=1e-6, high=1e6
+    )
+    patience: int = option(
+        22, "Stop stage 1 after this many epochs without progress.", "Training", low=1, high=100000
+    )
+    min_progress: float = option(
+        0.004,
+        "Progress means this much more of 0.7 IoU + 0.3 accuracy on the validation cases.",
+        "Training",
+        low=0.0,
+        high=1.0,
+    )
+    gate_epochs: int = option(
+        15, "Stage 2 (gates only): most passes; 0 leaves stage 2 out.", "Training", low=0, high=100000
+    )
+    gate_patience: int = option(
+        5,
+        "Stop stage 2 after this many epochs without a lower validation loss.",
+        "Training",
+        low=1,
+        high=100000,
+    )
+    gate_learning_rate: float = option(3e-4, "Adam's step size in stage 2.", "Training", low=1e-8, high=1.0)
+    seed: int = option(
+        0,
+        "Fixes initial weights, order of images, augmentation and dropout.",
+        "Training",
+        low=0,
+        high=2**31 - 1,
+    )
+
+    boundary: Literal["soft", "hard"] = option(
+        "soft",
+        "Boundary loss: hard thresholds the mask as the published code does and so trains nothing.",
+        "Parity",
+    )
+    loss_weights: Literal["moving", "constant"] = option(
+        "moving",
+        "Mask/class loss weights: constant keeps 0.82/0.18 as the published code in effect does.",
+        "Parity",
+    )
+    gate_targets: Literal["rank", "minmax"] = option(
+        "rank", "Scaling of the gate targets in a batch: minmax is the published code's.", "Parity"
+    )
+    truncated_iou: bool = option(
+        False,
+        "Validate with the published code's IoU, which cuts mask probabilities to 0 and so ignores the mask.",
+        "Parity",
+    )
+    double_rescale: bool = option(
+        False, "Divide images by 255 once more than needed, as the published loaders do.", "Parity"
+    )
+
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Where to compute; auto takes a GPU if there is one.", "Machine"
+    )
+    precision: Literal["32", "bf16", "16"] = option(
+        "32", "Bits of the arithmetic; bf16 and 16 are for GPUs.", "Machine"
+    )
+    threads: int = option(
+        0, "CPU threads, 0 for torch's choice. Same bits need the same number.", "Machine", low=0, high=1024
+    )
+    workers: int = option(
+        0, "Extra processes that read images, 0 reads in the main one.", "Machine", low=0, high=256
+    )
+    cache_mb: int = option(1024, "Memory for decoded images, in MB.", "Machine", low=0, high=1 << 20)
+
+    RUNTIME = ("out", "device", "threads", "workers", "cache_mb")
+
+    def checked(self) -> TrainConfig:
+        """Returns self, or raises UserError with one line naming the first wrong setting."""
+        check_ranges(self)
+        if self.data is None:
+            raise UserError("no data: give the folder with the images as --data PATH")
+        if self.size % 32:
+            raise UserError(
+                f"--size {self.size}: must be a multiple of 32, such as {max(32, self.size // 32 * 32)}"
+            )
+        if self.val_fraction <= 0 or self.val_fraction + self.test_fraction >= 1:
+            raise UserError(
+                f"--val-fraction {self.val_fraction} and --test-fraction {self.test_fraction}: validation needs "
+                "cases, and both together must be below 1 so that training cases remain"
+            )
+        if self.encoder_weights is not None and not Path(self.encoder_weights).is_file():
+            raise UserError(f"--encoder-weights {self.encoder_weights}: no such file")
+        return self
+
+    @property
+    def fractions(self) -> tuple[float, float, float]:
+        """Shares of train, validation and test."""
+        return (1.0 - self.val_fraction - self.test_fraction, self.val_fraction, self.test_fraction)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate, on which cases, and where the results go."""
+
+    model: str | None = option(None, "Run folder of bti-fast train, or a model.safetensors.", "Input")
+    data: str | None = option(
+        None, "Folder with the images; by default the one the run was trained on.", "Input"
+    )
+    layout: str = option(
+        "auto", "How the data folder is organised: busi, manifest, or auto to look for itself.", "Input"
+    )
+    split: Literal["train", "val", "test", "all"] = option(
+        "test",
+        "Which cases: the run's own division is used again. all for data the model never saw.",
+        "Input",
+    )
+    out: str | None = option(None, "Folder for the results; by default RUN/evaluate-SPLIT.", "Output")
+    overwrite: bool = option(False, "Replace results that are already there.", "Output")
+    worst: int = option(6, "How many of the worst cases to draw.", "Output", low=0, high=100)
+    batch_size: int = option(8, "Images per step.", "Machine", low=1, high=4096)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Where to compute; auto takes a GPU if there is one.", "Machine"
+    )
+    threads: int = option(0, "CPU threads, 0 for torch's choice.", "Machine", low=0, high=1024)
+
+    def checked(self) -> EvaluateConfig:
+        """Returns self, or raises UserError with one line naming the first wrong setting."""
+        check_ranges(self)
+        if self.model is None:
+            raise UserError("no model: give a run folder or a model.safetensors")
+        return self
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Which model, which images, and where masks, overlays and the table go."""
+
+    model: str | None = option(None, "Run folder of bti-fast train, or a model.safetensors.", "Input")
+    images: tuple[str, ...] = option((), "Image files, folders (with their subfolders) or patterns.", "Input")
+    out: str | None = option(
+        None, "Folder for masks, overlays, predictions.csv and predictions.json.", "Output"
+    )
+    overwrite: bool = option(False, "Replace predictions that are already there.", "Output")
+    threshold: float = option(
+        0.5,
+        "A pixel with a higher lesion probability than this is in the mask, 0 to 1.",
+        "Output",
+        low=0.0,
+        high=1.0,
+    )
+    batch_size: int = option(8, "Images per step.", "Machine", low=1, high=4096)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Where to compute; auto takes a GPU if there is one.", "Machine"
+    )
+    threads: int = option(0, "CPU threads, 0 for torch's choice.", "Machine", low=0, high=1024)
+
+    def checked(self) -> PredictConfig:
+        """Returns self, or raises UserError with one line naming the first wrong setting."""
+        check_ranges(self)
+        if self.model is None:
+            raise UserError("no model: give a run folder or a model.safetensors")
+        if not self.images:
+            raise UserError("no images: name at least one image file, folder or pattern")
+        if self.out is None:
+            raise UserError("no output folder: give --out DIR")
+        return self
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def check_ranges(config: Any) -> None:
+    """Raises UserError, naming the flag, where a setting has a wrong type or is out of range."""
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, hint = getattr(config, item.name), hints[item.name]
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise UserError(
+                f"{flag(item.name)} {value}: must be one of {', '.join(map(str, get_args(hint)))}"
+            )
+        if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, hint))):
+            raise UserError(
+                f"{flag(item.name)} {value!r}: must be {'a whole number' if hint is int else 'a number'}"
+            )
+        if hint is bool and not isinstance(value, bool):
+            raise UserError(f"{flag(item.name)} {value!r}: must be true or false")
+        low, high = item.metadata["low"], item.metadata["high"]
+        if low is not None and not low <= value <= high:
+            raise UserError(f"{flag(item.name)} {value}: must lie between {low:g} and {high:g}")
+
+
+def from_dict(cls: type, values: dict[str, Any], source: str) -> Any:
+    """Builds a config of type cls from plain values; UserError names source and any unknown setting."""
+    known = {item.name for item in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"{source}: unknown setting {unknown[0]!r}")
+    hints = get_type_hints(cls)
+    plain = {
+        name: tuple(v) if get_origin(hints[name]) is tuple and isinstance(v, list) else v
+        for name, v in values.items()
+    }
+    return cls(**plain)
+
+
+def resumed_config(asked: TrainConfig, stored: TrainConfig, source: str) -> TrainConfig:
+    """The stored settings with the asked runtime settings; UserError where another asked one differs.
+
+    A setting left at its default counts as not asked for.
+    """
+    defaults = TrainConfig()
+    taken: dict[str, Any] = {}
+    for item in dataclasses.fields(TrainConfig):
+        new, old = getattr(asked, item.name), getattr(stored, item.name)
+        if new == getattr(defaults, item.name) or new == old:
+            continue
+        if item.name not in TrainConfig.RUNTIME:
+            raise UserError(
+                f"{source}: was started with {flag(item.name)} {old}, not {new}; leave it out or start a new run"
+            )
+        taken[item.name] = new
+    return dataclasses.replace(stored, **taken)

@@ -1,0 +1,230 @@
+"""The two training stages as Lightning modules: losses, optimisers and validation scores, no files."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bti_fast import losses
+from bti_fast.engine.config import TrainConfig
+from bti_fast.engine.lightning_import import lightning
+from bti_fast.engine.schedule import Counters, cosine_share
+from bti_fast.errors import UserError
+from bti_fast.models import BTINet
+
+ADAM_BETAS = (0.91, 0.999)
+IOU_SHARE, ACCURACY_SHARE = 0.7, 0.3
+
+
+class Stage(lightning.LightningModule):
+    """What both stages share: seeding by epoch, running means, and a record of each epoch in `self.record`."""
+
+    number = 0
+
+    def __init__(self, model: BTINet, config: TrainConfig, counters: Counters) -> None:
+        super().__init__()
+        self.model, self.config, self.counters = model, config, counters
+        self.optimizer_state: dict[str, Any] | None = None
+        self.record: dict[str, float] = {}
+        self._sums: dict[str, list[Tensor | int]] = {}
+
+    def on_train_epoch_start(self) -> None:
+        epoch = self.current_epoch
+        # Every epoch starts from a generator of its own, so a resumed run needs no stored generator state.
+        torch.manual_seed((self.config.seed * 1_000_003 + self.number * 100_003 + epoch) % 2**63)
+        loader = self.trainer.train_dataloader
+        loader.batch_sampler.set_epoch(epoch)
+        loader.dataset.set_epoch(epoch)
+        self._sums.clear()
+
+    def add(self, name: str, value: Tensor, count: int) -> None:
+        """Adds count samples of mean value to the running mean of name, without waiting for the device."""
+        total = self._sums.setdefault(name, [torch.zeros((), dtype=torch.float64, device=value.device), 0])
+        total[0] = total[0] + value.detach().double() * count
+        total[1] += count
+
+    def means(self) -> dict[str, float]:
+        """The running means so far; a name without samples is left out."""
+        return {name: float(total) / count for name, (total, count) in self._sums.items() if count}
+
+    def finish_epoch(self, extra: dict[str, float]) -> None:
+        """Builds the epoch's record; UserError where a loss is not a number."""
+        self.record = {**self.means(), **extra}
+        bad = [name for name, value in self.record.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"training diverged in stage {self.number}, epoch {self.current_epoch + 1}: {bad[0]} is "
+                f"{self.record[bad[0]]}; try a lower --learning-rate (now {self.config.learning_rate})"
+            )
+
+    def _adam(self, parameters: list[torch.nn.Parameter], learning_rate: float) -> torch.optim.Adam:
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=ADAM_BETAS)
+        if self.optimizer_state is not None:
+            optimizer.load_state_dict(self.optimizer_state)
+            self.optimizer_state = None
+        return optimizer
+
+    def _set_learning_rate(self, value: float) -> None:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = value
+
+
+class TaskStage(Stage):
+    """Stage 1: the whole network on the mask and class losses (SPEC §6)."""
+
+    number = 1
+
+    def __init__(self, model: BTINet, config: TrainConfig, counters: Counters) -> None:
+        super().__init__(model, config, counters)
+        self._overlap = [
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+        ]  # for the published IoU: intersection and union, background then lesion
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self._adam(list(self.model.parameters()), self.config.learning_rate)
+
+    def loss_weights(self) -> tuple[float, float]:
+        """Weights of the mask and the class loss in this epoch."""
+        return losses.loss_weights(0 if self.config.loss_weights == "constant" else self.current_epoch)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.model.train()
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        progress = (self.current_epoch + batch_idx / self.trainer.num_training_batches) / self.config.epochs
+        share = cosine_share(progress, self.config.lr_floor) * self.counters.factor
+        self._set_learning_rate(self.config.learning_rate * share)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        out = self.model(batch["image"])
+        seg, cls, auxiliary = self._losses(out, batch)
+        w_seg, w_cls = self.loss_weights()
+        total = w_seg * seg + w_cls * cls + auxiliary
+        count = len(batch["id"])
+        for name, value in (("train_loss", total), ("train_seg_loss", seg), ("train_cls_loss", cls)):
+            self.add(name, value, count)
+        return total
+
+    def _losses(self, out: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        mask, label, has_mask, has_label = (batch[key] for key in ("mask", "label", "has_mask", "has_label"))
+        boundary = self.config.boundary
+        seg = losses.segmentation_loss(out.seg_logits, mask, has_mask, boundary=boundary)
+        cls = losses.classification_loss(out.cls_logits, label, has_label)
+        auxiliary = losses.auxiliary_loss(
+            out.aux_seg_logits, out.aux_cls_logits, mask, label, has_mask, has_label, boundary=boundary
+        )
+        return seg, cls, auxiliary
+
+    def on_validation_epoch_start(self) -> None:
+        self._overlap = [0.0, 0.0, 0.0, 0.0]
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        out = self.model(batch["image"])
+        seg, cls, _ = self._losses(out, batch)
+        w_seg, w_cls = self.loss_weights()
+        count = len(batch["id"])
+        for name, value in (
+            ("val_loss", w_seg * seg + w_cls * cls),
+            ("val_seg_loss", seg),
+            ("val_cls_loss", cls),
+        ):
+            self.add(name, value, count)
+        has_mask, has_label = batch["has_mask"], batch["has_label"]
+        if bool(has_mask.any()):
+            logits, truth = out.seg_logits[has_mask].float(), batch["mask"][has_mask] > 0.5
+            self.add("val_iou", mask_iou(logits > 0, truth).mean(), len(truth))
+            if self.config.truncated_iou:
+                self._add_truncated(logits.sigmoid(), truth)
+        if bool(has_label.any()):
+            right = out.cls_logits[has_label].argmax(1) == batch["label"][has_label]
+            self.add("val_accuracy", right.double().mean(), len(right))
+
+    def _add_truncated(self, prob: Tensor, truth: Tensor) -> None:
+        """Counts as Keras' MeanIoU(2) does on sigmoid outputs: cast to int, only p = 1 stays 1."""
+        for value in (0, 1):
+            predicted, true = prob.int() == value, truth.int() == value
+            self._overlap[2 * value] += float((predicted & true).sum())
+            self._overlap[2 * value + 1] += float((predicted | true).sum())
+
+    def on_validation_epoch_end(self) -> None:
+        means = self.means()
+        iou, accuracy = means.get("val_iou"), means.get("val_accuracy")
+        if self.config.truncated_iou and iou is not None:
+            shares = [i / u for i, u in zip(self._overlap[::2], self._overlap[1::2], strict=True) if u]
+            iou = sum(shares) / len(shares)
+        score = selection_score(iou, accuracy)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.finish_epoch({"val_score": score, "learning_rate": rate, "weight_seg": self.loss_weights()[0]})
+
+
+class GateStage(Stage):
+    """Stage 2: the gates alone against difficulty targets; all else, BatchNorm statistics and dropout too, rests.
+
+    The network stays in evaluation mode, so the gates are trained on the features that they will see in use.
+    """
+
+    number = 2
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.model.requires_grad_(False)
+        parameters = list(self.model.gate_parameters())
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return self._adam(parameters, self.config.gate_learning_rate)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.model.eval()
+
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        out = self.model(batch["image"])
+        return losses.gate_loss(
+            out.gates,
+            out.seg_logits,
+            batch["mask"],
+            out.cls_logits,
+            batch["label"],
+            batch["has_mask"],
+            batch["has_label"],
+            scaling=self.config.gate_targets,
+        )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.add("train_loss", loss, len(batch["id"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.add("val_loss", self._loss(batch), len(batch["id"]))
+
+    def on_validation_epoch_end(self) -> None:
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.finish_epoch({"val_score": -self.means()["val_loss"], "learning_rate": rate})
+
+
+def mask_iou(predicted: Tensor, truth: Tensor) -> Tensor:
+    """IoU of boolean masks (B, K, H, W) -> (B,), over all K planes together; 1 where both are empty (SPEC §7)."""
+    overlap = (predicted & truth).flatten(1).sum(1).double()
+    union = (predicted | truth).flatten(1).sum(1).double()
+    return torch.where(union > 0, overlap / union.clamp(min=1), torch.ones_like(union))
+
+
+def selection_score(iou: float | None, accuracy: float | None) -> float:
+    """0.7 IoU + 0.3 accuracy (SPEC §6); where the validation cases lack masks or classes, the one that is there.
+
+    UserError where they lack both.
+    """
+    if iou is None and accuracy is None:
+        raise UserError(
+            "the validation cases have neither masks nor classes: nothing to choose the best epoch by"
+        )
+    if iou is None or accuracy is None:
+        return accuracy if iou is None else iou
+    return IOU_SHARE * iou + ACCURACY_SHARE * accuracy

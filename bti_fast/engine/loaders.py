@@ -1,0 +1,104 @@
+"""Cases to batches in an order fixed by (seed, epoch), and the division into splits that a run keeps."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Sampler
+
+from bti_fast.data import Case, CaseDataset, DatasetIndex
+from bti_fast.engine.files import write_csv
+from bti_fast.errors import UserError
+
+SPLIT_FILE = "split.csv"
+SPLITS = ("train", "val", "test")
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of shuffled indices that depend on (seed, epoch) alone.
+
+    A last batch of one joins the batch before it: BatchNorm needs two.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.count, self.batch_size)
+        return max(1, full + (rest > 1))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(self.count))
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(
+            order
+        )  # a string seed is hashed the same on every machine
+        cuts = [self.batch_size * i for i in range(len(self))] + [self.count]
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            yield order[start:stop]
+
+
+def training_loader(
+    dataset: CaseDataset, batch_size: int, seed: int, workers: int
+) -> DataLoader[dict[str, Any]]:
+    """Shuffled batches; call set_epoch on its batch_sampler and dataset before each pass."""
+    return _loader(dataset, workers, batch_sampler=EpochBatches(len(dataset), batch_size, seed))
+
+
+def ordered_loader(dataset: CaseDataset, batch_size: int, workers: int) -> DataLoader[dict[str, Any]]:
+    """All cases once, in order."""
+    return _loader(dataset, workers, batch_size=batch_size, shuffle=False)
+
+
+def _loader(dataset: CaseDataset, workers: int, **order: Any) -> DataLoader[dict[str, Any]]:
+    import torch
+
+    # A generator of its own: the loader would draw a seed from the global one, and dropout would then depend on it.
+    return DataLoader(dataset, num_workers=workers, generator=torch.Generator().manual_seed(0), **order)
+
+
+def write_split(folder: Path, splits: dict[str, list[Case]]) -> None:
+    """Keeps on file which case belongs where, for evaluation to use again."""
+    rows = [
+        {"id": case.id, "split": name, "class": case.label, "image": str(case.image)}
+        for name in SPLITS
+        for case in splits[name]
+    ]
+    write_csv(folder / SPLIT_FILE, rows, ["id", "split", "class", "image"])
+
+
+def read_split(folder: Path, index: DatasetIndex) -> dict[str, list[Case]]:
+    """The stored division of a run, as cases of index.
+
+    UserError where the file is missing or damaged, or where a stored case is not in the data any more.
+    """
+    path = folder / SPLIT_FILE
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+        raise UserError(
+            f"{path}: cannot be read ({cause}); it says which cases the run was trained on"
+        ) from cause
+    if not rows or not {"id", "split"} <= set(rows[0]) or any(row["split"] not in SPLITS for row in rows):
+        raise UserError(f"{path}: damaged; needs the columns id and split ({', '.join(SPLITS)})")
+    by_id = {case.id: case for case in index.cases}
+    missing = [row["id"] for row in rows if row["id"] not in by_id]
+    if missing:
+        raise UserError(
+            f"{index.root}: {len(missing)} of the run's {len(rows)} cases are not in it, first {missing[0]!r}; "
+            "give the data the run was trained on, or --split all for other data"
+        )
+    return {name: [by_id[row["id"]] for row in rows if row["split"] == name] for name in SPLITS}
+
+
+def count_classes(cases: Sequence[Case], classes: Sequence[str]) -> dict[str, int]:
+    """How many cases each class has."""
+    return {name: sum(case.label == name for case in cases) for name in classes}
