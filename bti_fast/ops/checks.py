@@ -13,7 +13,9 @@ def check_tensor(operator: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{operator}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
-        raise TypeError(f"{operator}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
+        raise TypeError(
+            f"{operator}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}"
+        )
     if value.layout is not torch.strided:
         raise TypeError(f"{operator}: {name} must be a dense (strided) tensor, got {value.layout}")
 

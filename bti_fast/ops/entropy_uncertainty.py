@@ -68,5 +68,7 @@ def entropy_uncertainty(logits: Tensor) -> Tensor:
     check_tensor("entropy_uncertainty", "logits", logits)
     check_rank("entropy_uncertainty", "logits", logits, 2, 5, "(B, K, *spatial) or (B, L)")
     if logits.shape[1] < 1:
-        raise ValueError(f"entropy_uncertainty: logits needs at least one class (axis 1), got {tuple(logits.shape)}")
+        raise ValueError(
+            f"entropy_uncertainty: logits needs at least one class (axis 1), got {tuple(logits.shape)}"
+        )
     return OPERATOR.op(logits)

@@ -95,7 +95,9 @@ def gated_fusion(
     check_device(name, "seg_logits", seg_logits, "x", x)
     check_tau(name, tau)
     batch, channels, spatial = x.shape[0], x.shape[1], x.shape[2:]
-    check_shape(name, "seg_logits", seg_logits, (batch, seg_logits.shape[1], *spatial), "(B, K, *spatial of x)")
+    check_shape(
+        name, "seg_logits", seg_logits, (batch, seg_logits.shape[1], *spatial), "(B, K, *spatial of x)"
+    )
     check_shape(name, "prior", prior, (batch, channels), "(B, C)")
     check_shape(name, "cls_uncertainty", cls_uncertainty, (batch,), "(B,)")
     check_shape(name, "coeffs", coeffs, (3,), "(3,)")

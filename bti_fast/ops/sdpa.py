@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -52,7 +51,12 @@ def _drop_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, query_mask: Tensor | None, key_mask: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """One direction. A query that is masked or has no key gets zeros."""
     if key.shape[2] == 0 or query.shape[2] == 0 or query.shape[0] == 0 or query.shape[1] == 0:

@@ -131,7 +131,11 @@ def _check(x: Tensor, y: Tensor, weights: TaskInteractionWeights, tau: float) ->
     check_rank(name, "weights.conv_weight", weights.conv_weight, 2, 2, "(C/2, C)")
     check_rank(name, "weights.seg_proj", weights.seg_proj, 2, 2, "(64, C)")
     check_rank(name, "weights.gate1_weight", weights.gate1_weight, 2, 2, "(32, 3)")
-    hidden, align, gate = weights.conv_weight.shape[0], weights.seg_proj.shape[0], weights.gate1_weight.shape[0]
+    hidden, align, gate = (
+        weights.conv_weight.shape[0],
+        weights.seg_proj.shape[0],
+        weights.gate1_weight.shape[0],
+    )
     shapes = {
         "conv_weight": ((hidden, channels), "(C/2, C)"),
         "conv_bias": ((hidden,), "(C/2,)"),
