@@ -68,7 +68,7 @@ def test_confident_hit_is_zero_with_finite_gradient():
     for gamma in (0.5, 2.0):
         logits = torch.tensor([[1e4, 0.0, 0.0]], requires_grad=True)
         value = classification_loss(logits, torch.tensor([0]), gamma=gamma)
-        assert float(value) == 0 and torch.autograd.grad(value, logits)[0].isfinite().all()
+        assert value.item() == 0 and torch.autograd.grad(value, logits)[0].isfinite().all()
 
 
 def test_computed_in_fp32_under_autocast():

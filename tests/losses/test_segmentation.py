@@ -42,6 +42,11 @@ def test_no_mask_at_all_is_exactly_zero_with_zero_gradient():
     assert value == 0 and (grad == 0).all()
 
 
+def test_empty_batch_is_zero():
+    logits = torch.zeros(0, 1, 8, 8, requires_grad=True)
+    assert value_and_grad(logits, torch.zeros(0, 1, 8, 8))[0] == 0
+
+
 def test_gradient_by_finite_differences():
     logits, mask = batch(2, size=(6, 7), dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: segmentation_loss(x, mask), logits)
