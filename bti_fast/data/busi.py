@@ -28,8 +28,9 @@ def find(path: Path) -> Path | None:
 def read(root: Path, *, allow_missing_classes: bool = False) -> DatasetIndex:
     """List BUSI's images with their masks; class from the folder, several masks for one image united.
 
-    A normal image without a mask file has a known empty mask; a lesion image without one has an unknown mask.
-    Raises UserError naming the missing class folders unless `allow_missing_classes`, which lists them instead.
+    A normal image without a mask file has a known empty mask; a lesion image without one has an unknown
+    mask. Raises UserError naming the missing class folders unless `allow_missing_classes`, which lists them
+    instead.
     """
     cases: list[Case] = []
     problems: list[Problem] = []
@@ -65,7 +66,9 @@ def _read_class(root: Path, name: str, problems: list[Problem]) -> list[Case]:
             images[path.stem] = path
     for stem in masks.keys() - images.keys():
         for path in masks[stem]:
-            problems.append(Problem(path, "orphan-mask", f"{path}: mask without an image; ignored", excluded=True))
+            problems.append(
+                Problem(path, "orphan-mask", f"{path}: mask without an image; ignored", excluded=True)
+            )
     cases = []
     for stem, image in images.items():
         own = tuple(masks.get(stem, ()))

@@ -1,4 +1,6 @@
-"""The torch data set over cases: MONAI transforms, a bounded cache shared by workers, repeatable augmentation."""
+"""The torch data set over cases: MONAI transforms, a bounded cache shared by workers, repeatable
+augmentation.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,11 @@ class CaseDataset(torch.utils.data.Dataset):
     """Cases as dictionaries of tensors at the network's size.
 
     Items: image float32 (channels, H, W) in [0, 1]; mask float32 (1, H, W) of 0 and 1, zeros where unknown;
-    label int64 scalar, -1 where unknown; has_mask and has_label bool scalars; id str; index int.
-    `augment` flips along both axes and rotates by up to 15 degrees (paper's recipe), as a function of
-    (seed, epoch, index) only: `set_epoch` chooses the epoch, and worker counts or resuming change nothing.
-    At most `cache_bytes` of decoded, resized cases stay in memory, once for all forked workers.
-    Raises UserError for a label outside `classes` and for bad size or channels; reading a bad file raises it late.
+    label int64 scalar, -1 where unknown; has_mask and has_label bool scalars; id str; index int. `augment`
+    flips along both axes and rotates by up to 15 degrees (paper's recipe), as a function of (seed, epoch,
+    index) only: `set_epoch` chooses the epoch, and worker counts or resuming change nothing. At most
+    `cache_bytes` of decoded, resized cases stay in memory, once for all forked workers. Raises UserError
+    for a label outside `classes` and for bad size or channels; reading a bad file raises it late.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class CaseDataset(torch.utils.data.Dataset):
 
 
 class ReadCase(Transform):
-    """Case to {image: uint16 (C, H, W) in 1/65535, mask: uint8 (1, H, W) of 0 and 1}; the part that is cached."""
+    """Case to {image: uint16 (C, H, W) in 1/65535, mask: uint8 (1, H, W) of 0 and 1}; the part that is
+    cached.
+    """
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
         self.size = size
@@ -127,8 +131,8 @@ class ReadCase(Transform):
 class CaseStore:
     """MONAI's runtime cache as a list of fixed slots in anonymous memory, shared by forked workers.
 
-    Slots are filled on first use and the total stays below `limit` bytes. Anonymous memory, not /dev/shm, which
-    containers keep too small. A worker started without fork gets a store of its own.
+    Slots are filled on first use and the total stays below `limit` bytes. Anonymous memory, not /dev/shm,
+    which containers keep too small. A worker started without fork gets a store of its own.
     """
 
     def __init__(self, count: int, shape: tuple[int, int, int], limit: int) -> None:
@@ -161,7 +165,9 @@ class CaseStore:
         self._filled[index] = 1
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name in ("shape", "_slot_bytes", "_count")}
+        return {
+            name: value for name, value in vars(self).items() if name in ("shape", "_slot_bytes", "_count")
+        }
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)

@@ -30,19 +30,17 @@ class Pair(NamedTuple):
 
 
 class Fingerprint(NamedTuple):
-    """What is kept of an image: its area-averaged grey thumbnail, float32 (32, 32), and a hash of its pixels."""
+    """What is kept of an image: its area-averaged grey thumbnail, float32 (32, 32), and a pixel hash."""
 
     thumbnail: np.ndarray
     digest: bytes
 
 
-def near_duplicate_pairs(
-    index: DatasetIndex | Sequence[Case], threshold: float = THRESHOLD
-) -> list[Pair]:
-    """Pairs of cases whose 32x32 thumbnails correlate above `threshold`, or whose pixels are equal, best first.
+def near_duplicate_pairs(index: DatasetIndex | Sequence[Case], threshold: float = THRESHOLD) -> list[Pair]:
+    """Pairs of cases whose 32x32 thumbnails correlate above `threshold` or whose pixels are equal.
 
-    Independent of brightness, contrast and size; a flipped or cropped copy is not found. Images that cannot be
-    read are left out. Raises UserError unless 0 < threshold <= 1.
+    Independent of brightness, contrast and size; a flipped or cropped copy is not found. Images that cannot
+    be read are left out. Raises UserError unless 0 < threshold <= 1.
     """
     cases = index.cases if isinstance(index, DatasetIndex) else tuple(index)
     prints = in_threads(_fingerprint_or_none, cases)
@@ -70,7 +68,7 @@ def fingerprint(image: np.ndarray) -> Fingerprint:
 def pairs_of_fingerprints(
     names: Sequence[str], prints: Sequence[Fingerprint], threshold: float = THRESHOLD
 ) -> list[Pair]:
-    """The pairs of `near_duplicate_pairs` from fingerprints already taken; memory grows with the pairs found."""
+    """The pairs of `near_duplicate_pairs` from fingerprints already taken, best first."""
     if not 0 < threshold <= 1:
         raise UserError(f"near-duplicate threshold is {threshold}; needs a number above 0, at most 1")
     unit = _unit_vectors(prints)
@@ -87,8 +85,10 @@ def pairs_of_fingerprints(
 
 
 def _unit_vectors(prints: Sequence[Fingerprint]) -> np.ndarray:
-    """(N, 1024) float32 rows of mean 0 and length 1; rows of zeros for flat images, which resemble nothing."""
-    vectors = np.stack([found.thumbnail.ravel() for found in prints]) if prints else np.zeros((0, SIDE * SIDE))
+    """(N, 1024) float32 rows of mean 0 and length 1; zeros for flat images, which resemble nothing."""
+    vectors = (
+        np.stack([found.thumbnail.ravel() for found in prints]) if prints else np.zeros((0, SIDE * SIDE))
+    )
     vectors = vectors.astype(np.float64)
     vectors -= vectors.mean(axis=1, keepdims=True)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -13,7 +13,9 @@ from bti_fast.errors import UserError
 
 # Formats that Pillow identifies by content; EPS is left out because Pillow runs an external program for it.
 FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "DIB", "GIF", "WEBP", "PPM", "JPEG2000")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".jp2"})
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".jp2"}
+)
 MAX_PIXELS = 64_000_000
 
 # What Pillow's decoders raise on damaged bytes; anything else is a bug and must surface as one.
@@ -40,9 +42,9 @@ def read_image(path: str | Path, channels: int, *, max_pixels: int = MAX_PIXELS)
 
     8-bit values are divided by 255, 16-bit ones by 65535 (no stretching to the image's own range). Colour
     becomes grey by ITU-R 601 luma and grey becomes colour by repetition. Transparency is composited over
-    black, unless the image is transparent everywhere: then alpha is ignored. 16-bit colour PNGs lose their low
-    byte in Pillow. Raises UserError, one line with the file's name, if the file is missing, empty, not an
-    image, damaged, an image sequence, or larger than `max_pixels`.
+    black, unless the image is transparent everywhere: then alpha is ignored. 16-bit colour PNGs lose their
+    low byte in Pillow. Raises UserError, one line with the file's name, if the file is missing, empty, not
+    an image, damaged, an image sequence, or larger than `max_pixels`.
     """
     if channels not in (1, 3):
         raise UserError(f"channels is {channels!r}; needs 1 (grey) or 3 (RGB)")
@@ -62,10 +64,10 @@ def read_mask(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read one mask file as bool (H, W): 0/255 masks are cut above 127, masks of only 0 and 1 at 1.
 
     16-bit masks are cut above half of 65535; colour masks count by their brightest channel. A mask whose
-    highest value lies between 2 and 127 (0..32767 in 16 bit) has no clear meaning and raises UserError, as does
-    everything `read_image` refuses.
+    highest value lies between 2 and 127 (0..32767 in 16 bit) has no clear meaning and raises UserError, as
+    does everything `read_image` refuses.
     """
-    return _binarise(read_mask_values(path, max_pixels=max_pixels), Path(path))
+    return binarise(read_mask_values(path, max_pixels=max_pixels), Path(path))
 
 
 def read_mask_values(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -80,7 +82,10 @@ def read_mask_values(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.nd
     return _deep_values(picture, path)
 
 
-def _binarise(values: np.ndarray, path: Path) -> np.ndarray:
+def binarise(values: np.ndarray, path: Path) -> np.ndarray:
+    """Cut raw mask values, uint8 or uint16 (H, W), to bool by the rule of `read_mask`; `path` is for the
+    error.
+    """
     highest = int(values.max())
     if highest <= 1:
         return values == 1
@@ -105,15 +110,21 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     except PermissionError as cause:
         raise UserError(f"{path}: not readable ({cause.strerror}); needs read permission") from cause
     except Image.UnidentifiedImageError as cause:
-        raise UserError(f"{path}: not an image, or its header is damaged; needs PNG, JPEG, TIFF or BMP") from cause
+        raise UserError(
+            f"{path}: not an image, or its header is damaged; needs PNG, JPEG, TIFF or BMP"
+        ) from cause
     except Image.DecompressionBombError as cause:
         raise UserError(f"{path}: far too many pixels; needs at most {max_pixels:,}") from cause
     except _DECODE_ERRORS as cause:
-        raise UserError(f"{path}: damaged image header ({_one_line(cause)}); needs a whole image file") from cause
+        raise UserError(
+            f"{path}: damaged image header ({_one_line(cause)}); needs a whole image file"
+        ) from cause
     width, height = picture.size
     if width * height > max_pixels:
         picture.close()
-        raise UserError(f"{path}: {width} x {height} pixels is too large; needs at most {max_pixels:,} pixels")
+        raise UserError(
+            f"{path}: {width} x {height} pixels is too large; needs at most {max_pixels:,} pixels"
+        )
     if width * height == 0:
         picture.close()
         raise UserError(f"{path}: {width} x {height} pixels; needs at least one pixel")
@@ -131,7 +142,9 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
         except Image.DecompressionBombError as cause:
             raise UserError(f"{path}: far too many pixels; needs at most {max_pixels:,}") from cause
         except _DECODE_ERRORS as cause:
-            raise UserError(f"{path}: damaged or truncated image ({_one_line(cause)}); needs a whole file") from cause
+            raise UserError(
+                f"{path}: damaged or truncated image ({_one_line(cause)}); needs a whole file"
+            ) from cause
 
 
 def _over_black(picture: Image.Image) -> Image.Image:
@@ -139,7 +152,9 @@ def _over_black(picture: Image.Image) -> Image.Image:
     if picture.mode in ("1", "L", "RGB", "F") or picture.mode.startswith("I"):
         # A transparent colour key marks unused background; its own grey value is what a viewer would hide.
         return picture
-    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (picture.mode == "P" and "transparency" in picture.info):
+    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
+        picture.mode == "P" and "transparency" in picture.info
+    ):
         picture = picture.convert("RGBA")
         alpha = picture.getchannel("A")
         colour = picture.convert("RGB")

@@ -35,7 +35,7 @@ def read_dataset(
     verify: bool = True,
     allow_missing_classes: bool = False,
 ) -> DatasetIndex:
-    """Read a data set's folders (or manifest file) into a `DatasetIndex`, without renaming or writing anything.
+    """Read a data set's folders or manifest into a `DatasetIndex`; nothing is renamed or written.
 
     With `verify` every file is decoded once: unreadable images and masks, masks of another size than their
     image, and masks without a clear meaning are left out and listed in `problems`; the rest goes on. Raises

@@ -10,7 +10,9 @@ from bti_fast.errors import UserError
 
 COLUMNS = ("image", "mask", "class", "split", "group")
 NAME = "manifest.csv"
-LOOKS_LIKE = f"{NAME} (or any .csv file) with the columns {', '.join(COLUMNS)}, of which only image must be there"
+LOOKS_LIKE = (
+    f"{NAME} (or any .csv file) with the columns {', '.join(COLUMNS)}, of which only image must be there"
+)
 # In the mask column: the image is known to hold no lesion, and there is no mask file.
 EMPTY = "empty"
 
@@ -36,10 +38,10 @@ def find(path: Path) -> Path | None:
 def read(path: Path) -> DatasetIndex:
     """Read a manifest CSV: columns image, mask, class, split, group; paths relative to the CSV.
 
-    A blank mask is an unknown mask, "empty" a known empty one, and several masks are separated by ";". A blank
-    class is an unknown class. split is train, val, test or blank; images of one group never cross splits. A row
-    with a bad path or split becomes a problem and the rest go on. Raises UserError on an unknown or missing
-    column, or a file that is not CSV text.
+    A blank mask is an unknown mask, "empty" a known empty one, and several masks are separated by ";". A
+    blank class is an unknown class. split is train, val, test or blank; images of one group never cross
+    splits. A row with a bad path or split becomes a problem and the rest go on. Raises UserError on an
+    unknown or missing column, or a file that is not CSV text.
     """
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
@@ -49,7 +51,9 @@ def read(path: Path) -> DatasetIndex:
             if case.id in cases:
                 raise UserError(f"image {case.id} is listed twice")
         except UserError as cause:
-            problems.append(Problem(path, "bad-row", f"{path}, line {line}: {cause}; row left out", excluded=True))
+            problems.append(
+                Problem(path, "bad-row", f"{path}, line {line}: {cause}; row left out", excluded=True)
+            )
         else:
             cases[case.id] = case
     classes = tuple(sorted({case.label for case in cases.values() if case.label is not None}))

@@ -1,4 +1,4 @@
-"""Synthetic ultrasound-like images with benign, malignant, or no lesions: data that ships with the package."""
+"""Synthetic ultrasound-like images with benign, malignant, or no lesions, made on demand."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def make_phantoms(
 ) -> Path:
     """Write `count` phantoms to folder/images, their masks (0/255) to folder/masks, and folder/manifest.csv.
 
-    Classes take turns. Image i depends on (seed, i, its class, size) only, so a longer run repeats a shorter one
-    bit for bit. The manifest is written last. Returns the folder, which `read_dataset` reads. Raises UserError
-    for a bad count, size, seed or class, and where the folder cannot be written.
+    Classes take turns. Image i depends on (seed, i, its class, size) only, so a longer run repeats a
+    shorter one bit for bit. The manifest is written last. Returns the folder, which `read_dataset` reads.
+    Raises UserError for a bad count, size, seed or class, and where the folder cannot be written.
     """
     if count < 1:
         raise UserError(f"phantom count is {count}; needs at least 1")
@@ -87,7 +87,7 @@ def phantom(label: str, size: tuple[int, int], rng: np.random.Generator) -> tupl
 
 
 def _smooth_noise(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise of unit variance, smooth over `scale` pixels (rows, columns), periodic at the borders."""
+    """Gaussian noise of unit variance, smooth over `scale` pixels (rows, columns), periodic."""
     rows = np.fft.fftfreq(size[0])[:, None] * scale[0]
     columns = np.fft.rfftfreq(size[1])[None] * scale[1]
     spectrum = np.fft.rfft2(rng.standard_normal(size)) * np.exp(-2 * np.pi**2 * (rows**2 + columns**2))
@@ -96,7 +96,7 @@ def _smooth_noise(size: tuple[int, int], scale: tuple[float, float], rng: np.ran
 
 
 def _curve(lateral: np.ndarray, bend: float, rng: np.random.Generator) -> np.ndarray:
-    """A slowly waving offset (1, W) for a layer's boundary, of about `bend` in units of the image's height."""
+    """A slowly waving offset (1, W) for a layer's boundary, of about `bend` image heights."""
     x = lateral[:1]
     waves = [np.sin(2 * np.pi * (k * x + rng.random())) * rng.standard_normal() / k for k in (0.5, 1, 2)]
     return bend * sum(waves)
@@ -113,7 +113,9 @@ def _tissue(depth: np.ndarray, lateral: np.ndarray, rng: np.random.Generator) ->
     fat_echo = -12 + 2.5 * lobules + 8 * np.exp(-((lobules / 0.18) ** 2)) * rng.uniform(0.3, 1)
     sheets = _smooth_noise(size, (0.02 * size[0], 0.12 * size[1]), rng)
     ridges = rng.uniform(3, 9) * np.exp(-((sheets / 0.15) ** 2))
-    gland_echo = rng.uniform(-7, -3) + 2.2 * strands + ridges - rng.uniform(1, 6) * np.clip(lobules - 0.6, 0, 1.5)
+    gland_echo = (
+        rng.uniform(-7, -3) + 2.2 * strands + ridges - rng.uniform(1, 6) * np.clip(lobules - 0.6, 0, 1.5)
+    )
     fibres = np.sin(2 * np.pi * (depth * rng.uniform(12, 20) + _curve(lateral, 0.8, rng)))
     muscle_echo = -13 + 2 * fibres + 1.5 * strands + 1.2 * ridges
     echo = np.where(depth < fat, fat_echo, np.where(depth < gland, gland_echo, muscle_echo))
@@ -226,7 +228,7 @@ def _speckle(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 
 
 def _compress(envelope: np.ndarray, depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Log compression of the envelope to uint8 with the machine's gain and dynamic range, and a little noise."""
+    """Log compression of the envelope to uint8 with gain, dynamic range and a little noise."""
     dynamic, top = rng.uniform(36, 48), rng.uniform(6, 10)
     decibel = 20 * np.log10(envelope + 10 ** (-dynamic / 20) * rng.uniform(0.5, 1.5))
     decibel = decibel + rng.uniform(-1, 3) * (depth - 0.5)

@@ -11,7 +11,9 @@ from bti_fast.errors import UserError
 def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) from one side length or a pair; raises UserError unless both are positive integers."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair):
+    if len(pair) != 2 or not all(
+        isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair
+    ):
         raise UserError(f"size is {size!r}; needs a positive integer or (height, width)")
     return pair
 

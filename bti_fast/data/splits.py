@@ -63,7 +63,7 @@ def split_cases(
 
 
 def leak_groups(cases: Sequence[Case], duplicate_groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Ids that must stay together: near-duplicate groups joined with the groups that the data set declares."""
+    """Ids that must stay together: near-duplicate groups joined with declared groups."""
     links = [(group[0], other) for group in duplicate_groups for other in group[1:]]
     first: dict[str, str] = {}
     for case in cases:
@@ -81,7 +81,9 @@ def leaks(split: Mapping[str, Sequence[Case]], groups: Sequence[Sequence[str]]) 
 def _check_fractions(fractions: Sequence[float]) -> dict[str, float]:
     shares = tuple(float(share) for share in fractions)
     if len(shares) != 3 or not all(0 <= share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(f"split fractions are {shares}; needs three from 0 to 1 (train, val, test) that sum to 1")
+        raise UserError(
+            f"split fractions are {shares}; needs three from 0 to 1 (train, val, test) that sum to 1"
+        )
     if shares[0] == 0:
         raise UserError(f"split fractions are {shares}; needs a train fraction above 0")
     return dict(zip(SPLITS, shares, strict=True))
@@ -127,7 +129,7 @@ def _need(lacking: dict, wanted: Counter, total: Counter) -> float:
 
 def _fill_empty(chosen: dict[str, list[tuple[Case, ...]]]) -> None:
     """Give a part that got nothing (tiny data sets) the smallest unit of the part with most units."""
-    for name, atoms in chosen.items():
+    for atoms in chosen.values():
         if not atoms:
             donor = max(chosen.values(), key=len)
             atoms.append(donor.pop(min(range(len(donor)), key=lambda i: len(donor[i]))))
@@ -138,7 +140,9 @@ def _official(
 ) -> dict[str, list[Case]]:
     split: dict[str, list[Case]] = {name: [case for case in cases if case.split == name] for name in SPLITS}
     if not split["train"]:
-        raise UserError("official split asked for, but no case is marked train; needs a split column, or grouped")
+        raise UserError(
+            "official split asked for, but no case is marked train; needs a split column, or grouped"
+        )
     unmarked = sum(case.split is None for case in cases)
     if unmarked:
         warnings.warn(f"official split: {unmarked} images without a split are left out", stacklevel=3)

@@ -18,7 +18,9 @@ _Out = TypeVar("_Out")
 
 def in_threads(function: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
     """Map over items in order with a few threads; Pillow decodes outside the interpreter lock."""
-    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = min(
+        8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(function, items))
 
@@ -26,7 +28,8 @@ def in_threads(function: Callable[[_In], _Out], items: Iterable[_In]) -> list[_O
 def drop_unusable(cases: Sequence[Case]) -> tuple[tuple[Case, ...], list[Problem]]:
     """Cases whose image and masks decode and agree in size, and what was wrong with the others.
 
-    One bad mask excludes the case: half of a lesion, or a lesion image without its mask, would mislead silently.
+    One bad mask excludes the case: half of a lesion, or a lesion image without its mask, would mislead
+    silently.
     """
     problems = in_threads(find_problem, cases)
     usable = tuple(case for case, problem in zip(cases, problems, strict=True) if problem is None)
@@ -53,4 +56,6 @@ def find_problem(case: Case) -> Problem | None:
 def size_message(path: object, mask_size: tuple[int, ...], image_size: tuple[int, ...]) -> str:
     """One line naming both sizes as width x height."""
     (mask_h, mask_w), (image_h, image_w) = mask_size, image_size
-    return f"{path}: mask is {mask_w} x {mask_h} but its image is {image_w} x {image_h}; needs the image's size"
+    return (
+        f"{path}: mask is {mask_w} x {mask_h} but its image is {image_w} x {image_h}; needs the image's size"
+    )
