@@ -1,4 +1,4 @@
-"""Builds the package; metadata is in pyproject.toml, what is compiled and how in _build_backend/native_build.py."""
+"""Builds the package: metadata in pyproject.toml, what is compiled in _build_backend/native_build.py."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """What can be compiled here, and the CMake run that does it; used by setup.py and by the PEP 517 backend.
 
 Environment variables:
-  BTI_FAST_FORCE_BUILD=1  no compiler, no torch or no CUDA (where asked for) is an error, not a pure-Python install
+  BTI_FAST_FORCE_BUILD=1  no compiler, no torch or no CUDA (where asked for) is an error
   BTI_FAST_BUILD=0        pure-Python install, nothing compiled
   BTI_FAST_CUDA=1 | 0     compile the CUDA library whatever torch is installed | never
   BTI_FAST_TORCH=DIR      the folder of the torch package to compile against
@@ -71,9 +71,9 @@ def _torch_candidates():
     # pip isolates by hiding these two folders from sys.path; the interpreter is still the environment's.
     for key in ("purelib", "platlib"):
         yield Path(sysconfig.get_path(key), "torch")
-    # `python -m build` and uv isolate with a venv of their own; the parent is the active one, or who started us.
-    prefixes = [os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"), _parent_prefix(), sys.base_prefix]
-    for prefix in filter(None, prefixes):
+    # `python -m build` and uv isolate with a venv of their own: try the active one, and who started us.
+    active = (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"))
+    for prefix in filter(None, (*active, _parent_prefix(), sys.base_prefix)):
         yield from (folder / "torch" for folder in _site_folders(prefix))
     yield Path(site.getusersitepackages(), "torch")
 

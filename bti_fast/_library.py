@@ -21,7 +21,7 @@ def path(name: str) -> Path:
 
 
 def load(name: str) -> str | None:
-    """Load the compiled library "cpu" or "cuda" once: None when its operators are registered, else why not."""
+    """Load the compiled library "cpu" or "cuda" once: None when its operators are there, else why not."""
     if name not in NAMES:
         raise ValueError(f"library must be one of {', '.join(NAMES)}; got {name!r}")
     if name not in _outcome:
@@ -74,10 +74,16 @@ def native() -> tuple[object | None, str | None]:
 
 def describe() -> dict:
     """State of each library: file, whether it is loaded, and why not; loads what can be loaded."""
-    return {
-        name: {"file": str(path(name)), "built": path(name).is_file(), "loaded": reason is None, "reason": reason}
-        for name, reason in ((name, load(name)) for name in NAMES)
-    }
+    state = {}
+    for name in NAMES:
+        file, reason = path(name), load(name)
+        state[name] = {
+            "file": str(file),
+            "built": file.is_file(),
+            "loaded": reason is None,
+            "reason": reason,
+        }
+    return state
 
 
 def _one_line(cause: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Stand-in for the package `bti_fast.kernels` in a source checkout, where the kernels lie in `<repo>/kernels`.
+"""Stand-in for the package `bti_fast.kernels` in a source checkout (kernels in `<repo>/kernels`).
 
 An installed wheel holds the real package `bti_fast/kernels/`, which Python prefers to this file (and this
 file is left out of it).
