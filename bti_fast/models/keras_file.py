@@ -44,8 +44,8 @@ class KerasFile:
             self.outputs = tuple(entry[0] for entry in _output_list(graph["output_layers"]))
         except (KeyError, TypeError, IndexError) as cause:
             raise UserError(f"{self.path}: config.json does not describe a Keras graph ({cause!r})") from cause
-        self._arrays = _read_arrays(weights, self.path)
-        self._groups = self._group_names()
+        self._arrays, names = _read_arrays(weights, self.path)
+        self._groups = self._group_names() | names
         self._unread = set(self._arrays)
 
     def layer(self, name: str, kind: str) -> Layer:
@@ -71,7 +71,10 @@ class KerasFile:
             yield owners.get(key.split("/")[0], key)
 
     def _group_names(self) -> dict[str, str]:
-        """Layer name -> its group in the weight file: the class in snake case, counted in the order of the graph."""
+        """Layer name -> its group in the weight file: the class in snake case, counted in the order of the graph.
+
+        Older files do not state the names, and this is Keras' rule for them.
+        """
         seen: Counter[str] = Counter()
         groups = {}
         for layer in self.layers.values():
@@ -93,28 +96,33 @@ def _read_members(path: Path) -> tuple[dict[str, Any], bytes]:
         raise UserError(f"{path}: damaged, truncated, or not a .keras file ({cause})") from cause
 
 
-def _read_arrays(weights: bytes, path: Path) -> dict[str, np.ndarray]:
-    """Every array of the layers, by its path below the container: "conv2d_1/vars/0"."""
+def _read_arrays(weights: bytes, path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Every array by its path below the container, "conv2d_1/vars/0", and the layer names the file states."""
     try:
         import h5py
     except Exception as cause:
         raise UserError(f"{path}: reading it needs h5py, which cannot be imported ({cause})") from cause
     arrays: dict[str, np.ndarray] = {}
+    names: dict[str, str] = {}
     try:
         with h5py.File(io.BytesIO(weights), "r") as file:
 
             def collect(name: str, item: object) -> None:
                 parts = name.replace("\\", "/").split("/")
-                if isinstance(item, h5py.Dataset) and parts[0] in CONTAINERS and "seed_generator" not in parts:
+                if parts[0] not in CONTAINERS or "seed_generator" in parts:
+                    return  # the optimiser's state, or a dropout's
+                if isinstance(item, h5py.Dataset):
                     inner = ["layers" if part in CONTAINERS else part for part in parts[1:]]
                     arrays["/".join(inner)] = item[()]
+                elif len(parts) == 3 and parts[2] == "vars" and "name" in item.attrs:
+                    names[str(item.attrs["name"])] = parts[1]
 
             file.visititems(collect)
     except (OSError, RuntimeError) as cause:
         raise UserError(f"{path}: its model.weights.h5 is damaged ({cause})") from cause
     if not arrays:
         raise UserError(f"{path}: its model.weights.h5 holds no layers")
-    return arrays
+    return arrays, names
 
 
 def _layer(entry: dict[str, Any]) -> Layer:
