@@ -3,8 +3,8 @@
     python benchmarks/kernel_report.py [--json FILE] [--operator NAME] [--target sm_90]
 
 The launchers run on meta tensors with the launch itself intercepted, so what is compiled is exactly what they
-would launch. Exit status 1 where a kernel spills, exceeds the chip's shared memory, or lacks the 16-byte loads
-that its specimen promises.
+would launch. Exit status 1 where a kernel spills, exceeds the chip's shared memory, or lacks the 16-byte
+loads that its specimen promises.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ SPECIMENS: dict[str, Callable[[], list[Specimen]]] = {"entropy_uncertainty": ent
 
 @contextmanager
 def _intercepted_launches():
-    """Within: kernels are not launched; yields the list of (kernel, arguments, keywords) that would have been."""
+    """Within: nothing is launched; yields the list of (kernel, arguments, keywords) that would have been."""
     launches = []
     original = jit.JITFunction.run
 
@@ -115,8 +115,8 @@ def compile_launch(kernel, args, kwargs, target: GPUTarget):
     binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
     kwargs = {"debug": False, **kwargs}
     bound, specialization, options = binder(*args, **kwargs)
-    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
+    options, *described = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(kernel, *described)  # signature, constants, attributes
     return triton.compile(source, target=target, options=options.__dict__)
 
 
@@ -176,7 +176,8 @@ def _row(specimen: Specimen, kernel, args, kwargs, target: str) -> Row:
         problem = f"needs {shared} bytes of shared memory, the chip has {SHARED_LIMIT[target]}"
     elif specimen.wide_loads and not wide:
         problem = "no 16-byte loads"
-    return Row(specimen.operator, specimen.name, kernel.__name__, target, registers, spills, shared, wide, problem)
+    name = kernel.__name__
+    return Row(specimen.operator, specimen.name, name, target, registers, spills, shared, wide, problem)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -186,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     chosen = parser.parse_args(arguments)
     rows = report(chosen.operator, chosen.target)
-    print(f"{'operator':20} {'specimen':34} {'kernel':16} {'target':7} {'reg':>4} {'spill':>5} {'shared':>7} {'16B':>4}")
+    header = f"{'operator':20} {'specimen':34} {'kernel':16} {'target':7}"
+    print(f"{header} {'reg':>4} {'spill':>5} {'shared':>7} {'16B':>4}")
     for r in rows:
         numbers = f"{r.registers:4} {r.spills:5} {r.shared:7} {r.wide_loads:4}"
         print(f"{r.operator:20} {r.specimen:34} {r.kernel:16} {r.target:7} {numbers}  {r.problem or ''}")
