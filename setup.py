@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "_build_backend"))
 
 import native_build  # noqa: E402
 
+STAND_INS = (("bti_fast", "kernels"), ("bti_fast", "benchmarks"))
 BUILDING = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv)
 plan = native_build.make_plan()
 if BUILDING:
@@ -24,11 +25,11 @@ def package_folder(command) -> Path:
 
 
 class BuildPython(build_py):
-    """The Python files, the record of the build, and no stand-in for the real kernels package."""
+    """The Python files, the record of the build, and no stand-ins for the real kernels and benchmarks."""
 
     def find_package_modules(self, package, package_dir):
         modules = super().find_package_modules(package, package_dir)
-        return [module for module in modules if module[:2] != ("bti_fast", "kernels")]
+        return [module for module in modules if module[:2] not in STAND_INS]
 
     def run(self):
         super().run()
@@ -46,8 +47,8 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["bti_fast", "bti_fast.*"]), "bti_fast.kernels"],
-    package_dir={"bti_fast": "bti_fast", "bti_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["bti_fast", "bti_fast.*"]), "bti_fast.kernels", "bti_fast.benchmarks"],
+    package_dir={"bti_fast": "bti_fast", "bti_fast.kernels": "kernels", "bti_fast.benchmarks": "benchmarks"},
     ext_modules=[Extension("bti_fast._native", sources=[])] if plan.native else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

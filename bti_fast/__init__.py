@@ -6,7 +6,19 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("data", "engine", "errors", "kernels", "losses", "metrics", "models", "nn", "ops", "reference")
+_SUBMODULES = (
+    "benchmarks",
+    "data",
+    "engine",
+    "errors",
+    "kernels",
+    "losses",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "reference",
+)
 
 
 def __getattr__(name: str):

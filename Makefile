@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine:
+#   make demo   sets up and runs the main job: train, evaluate and predict (DATA=path for your own images)
+#   make test   sets up and passes the tests
+# Variables: PYTHON (python3), TORCH (what pip installs where no torch is there yet), DATA, OUT, THREADS.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+OUT ?= demo
+DATA ?=
+THREADS ?= 2
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard _build_backend/*.py csrc/*/*)
+
+.PHONY: demo test lint benchmark clean
+
+demo: $(VENV)/.train
+	$(BIN)/bti-fast doctor
+	$(BIN)/bti-fast demo --out $(OUT) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/bti-fast benchmark --level 3 --seconds 1 --threads $(THREADS)
+	@echo "Pictures and reports: $(OUT)"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+benchmark: $(VENV)/.train
+	$(BIN)/bti-fast benchmark --threads $(THREADS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bti_fast/lib bti_fast/_native*.so
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: everything else is satisfied by whatever torch is there.
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q -e ".[train]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q -e ".[test]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q "triton==3.6.0"
+	touch $@ $(VENV)/.train
