@@ -1,6 +1,4 @@
-"""The torch data set over cases: MONAI transforms, a bounded cache shared by workers, repeatable
-augmentation.
-"""
+"""The torch data set over cases: MONAI transforms, a bounded shared cache, repeatable augmentation."""
 
 from __future__ import annotations
 
@@ -106,9 +104,7 @@ class CaseDataset(torch.utils.data.Dataset):
 
 
 class ReadCase(Transform):
-    """Case to {image: uint16 (C, H, W) in 1/65535, mask: uint8 (1, H, W) of 0 and 1}; the part that is
-    cached.
-    """
+    """Case to {image: uint16 (C, H, W) in 1/65535, mask: uint8 (1, H, W) of 0 and 1}, to be cached."""
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
         self.size = size

@@ -11,8 +11,14 @@ from PIL import Image, ImageOps
 
 from bti_fast.errors import UserError
 
-# Formats that Pillow identifies by content; EPS is left out because Pillow runs an external program for it.
-FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "DIB", "GIF", "WEBP", "PPM", "JPEG2000")
+# Pillow loads most formats late; opening by name needs them now.
+Image.init()
+# Formats known by their content; EPS is left out because Pillow runs an external program for it.
+FORMATS = tuple(
+    name
+    for name in ("PNG", "JPEG", "MPO", "TIFF", "BMP", "DIB", "GIF", "WEBP", "PPM", "JPEG2000")
+    if name in Image.OPEN
+)
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".jp2"}
 )
@@ -83,9 +89,7 @@ def read_mask_values(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.nd
 
 
 def binarise(values: np.ndarray, path: Path) -> np.ndarray:
-    """Cut raw mask values, uint8 or uint16 (H, W), to bool by the rule of `read_mask`; `path` is for the
-    error.
-    """
+    """Cut raw mask values, uint8 or uint16 (H, W), to bool by the rule of `read_mask`."""
     highest = int(values.max())
     if highest <= 1:
         return values == 1
@@ -97,40 +101,31 @@ def binarise(values: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _open(path: Path, max_pixels: int) -> Image.Image:
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if not path.is_file():
-        raise UserError(f"{path}: not a file; needs an image file")
     try:
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+        if not path.is_file():
+            raise UserError(f"{path}: not a file; needs an image file")
         if path.stat().st_size == 0:
             raise UserError(f"{path}: empty file (0 bytes); needs an image")
         picture = Image.open(path, formats=FORMATS)
+        sequence = picture.format not in ("JPEG", "MPO") and getattr(picture, "is_animated", False)
     except UserError:
         raise
     except PermissionError as cause:
         raise UserError(f"{path}: not readable ({cause.strerror}); needs read permission") from cause
     except Image.UnidentifiedImageError as cause:
-        raise UserError(
-            f"{path}: not an image, or its header is damaged; needs PNG, JPEG, TIFF or BMP"
-        ) from cause
+        raise UserError(f"{path}: not an image, or a damaged header; needs PNG, JPEG, TIFF or BMP") from cause
     except Image.DecompressionBombError as cause:
         raise UserError(f"{path}: far too many pixels; needs at most {max_pixels:,}") from cause
     except _DECODE_ERRORS as cause:
-        raise UserError(
-            f"{path}: damaged image header ({_one_line(cause)}); needs a whole image file"
-        ) from cause
+        raise UserError(f"{path}: damaged image header ({_one_line(cause)}); needs a whole file") from cause
     width, height = picture.size
-    if width * height > max_pixels:
+    if width * height == 0 or width * height > max_pixels or sequence:
         picture.close()
-        raise UserError(
-            f"{path}: {width} x {height} pixels is too large; needs at most {max_pixels:,} pixels"
-        )
-    if width * height == 0:
-        picture.close()
-        raise UserError(f"{path}: {width} x {height} pixels; needs at least one pixel")
-    if picture.format not in ("JPEG", "MPO") and getattr(picture, "is_animated", False):
-        picture.close()
-        raise UserError(f"{path}: a sequence of several images; needs a single image")
+        if sequence:
+            raise UserError(f"{path}: a sequence of several images; needs a single image")
+        raise UserError(f"{path}: {width} x {height} pixels; needs from 1 to {max_pixels:,} pixels")
     return picture
 
 
@@ -143,7 +138,7 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
             raise UserError(f"{path}: far too many pixels; needs at most {max_pixels:,}") from cause
         except _DECODE_ERRORS as cause:
             raise UserError(
-                f"{path}: damaged or truncated image ({_one_line(cause)}); needs a whole file"
+                f"{path}: damaged or truncated ({_one_line(cause)}); needs a whole file"
             ) from cause
 
 
