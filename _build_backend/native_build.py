@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import site
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -213,11 +214,14 @@ def shout(message: str) -> None:
     """One line that is seen even though pip keeps a build's output to itself."""
     line = f"\n*** bti_fast: {message} ***\n"
     print(line, file=sys.stderr, flush=True)
-    # pip shows what a build prints only with -v, so the line also goes where pip's own messages go.
+    # pip shows what a build prints only with -v, so the line also goes where pip's own messages go: a terminal
+    # or a pipe (a plain file has one writer's position, and pip would overwrite the line).
+    theirs = f"/proc/{os.getppid()}/fd/2"
     try:
-        if os.path.samefile("/proc/self/fd/2", f"/proc/{os.getppid()}/fd/2"):
+        kind = os.stat(theirs).st_mode
+        if os.path.samefile("/proc/self/fd/2", theirs) or not (stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)):
             return
-        with open(f"/proc/{os.getppid()}/fd/2", "a") as parent:
+        with open(theirs, "w") as parent:
             parent.write(line)
     except OSError:
         pass
