@@ -40,11 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     bandwidth, rate = ceilings(options.threads)
     print(
-        f"bti_fast {__version__}, torch {torch.__version__}, {platform.machine()}, {options.threads} threads: "
-        f"copy {bandwidth / 1e9:.1f} GB/s, sgemm {rate / 1e9:.0f} GFLOP/s, float32, medians"
+        f"bti_fast {__version__}, torch {torch.__version__}, {platform.machine()}, "
+        f"{options.threads} threads: copy {bandwidth / 1e9:.1f} GB/s, sgemm {rate / 1e9:.0f} GFLOP/s, "
+        f"float32, medians"
     )
     print(
-        f"{'operator':20} {'size':24} {'mode':17} {'provider':9} {'ms':>8} {'p20-p80':>15} {'vs eager':>9} roofline"
+        f"{'operator':20} {'size':24} {'mode':17} {'provider':9} {'ms':>8} {'p20-p80':>15} "
+        f"{'vs eager':>9} roofline"
     )
     rows = []
     for name in options.only:

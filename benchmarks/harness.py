@@ -55,7 +55,7 @@ class Row:
 
 @cache
 def ceilings(threads: int) -> tuple[float, float]:
-    """Copy bandwidth (bytes read plus written per second) and sgemm rate (flop per second) of this machine now."""
+    """Copy bandwidth (bytes read plus written a second) and sgemm rate (flop a second) of this machine."""
     source = torch.randn(32 * 2**20)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source))

@@ -22,7 +22,7 @@ def reference_backend(forward: Callable, backward: Callable) -> Backend:
 def compiled_backend(name: str, operator: str, limits: Callable[..., str | None]) -> Backend:
     """The backend of the compiled library ``name`` ("cpu" or "cuda").
 
-    ``limits`` takes the operator's forward inputs and names what of them the library does not support, or None.
+    ``limits`` takes the operator's forward inputs and names what the library does not support, or None.
     The library's operators are ``bti_fast_<name>::<operator>`` and ``bti_fast_<name>::<operator>_backward``.
     """
 
@@ -43,7 +43,7 @@ def compiled_backend(name: str, operator: str, limits: Callable[..., str | None]
 
 
 def triton_backend(operator: str, limits: Callable[..., str | None]) -> Backend:
-    """The backend of ``bti_fast.kernels.<operator>``: CUDA and ROCm tensors, or CPU tensors in the interpreter."""
+    """The backend of ``bti_fast.kernels.<operator>``: CUDA and ROCm tensors, or CPU ones interpreted."""
 
     def predicate(*inputs) -> str | None:
         device = inputs[0].device.type

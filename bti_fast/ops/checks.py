@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators: every message names the argument, what it got and what it needs."""
+"""Argument checks shared by the operators: messages name it, what it got and what it needs."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def cross_attention(
     k_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> CrossAttention:
-    """Attention between a dense decoder (N tokens) and a class decoder (M tokens), in both directions at once.
+    """Attention between a dense decoder (N tokens) and a class decoder (M tokens), both directions at once.
 
     Args:
         q: (B, h, N, d) dense tokens, token-major or a view of channel-major maps (B, h*d, H, W).

@@ -27,7 +27,7 @@ class Backend:
     """One implementation of an operator.
 
     ``predicate`` takes the operator's forward arguments and returns None where this backend can run them,
-    or the reason why it cannot. ``forward`` and ``backward`` have the signatures of the operator's two schemas.
+    or the reason why it cannot. ``forward`` and ``backward`` have the signatures of the two schemas.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Backend:
 class Operator:
     """An operator ``bti_fast::<name>``, its backward ``bti_fast::<name>_backward``, and their backends.
 
-    ``schema`` and ``backward_schema`` leave out the name. ``saves`` maps (inputs, outputs) of the forward to the
-    arguments of the backward that follow the output gradients; ``primals`` picks the forward's inputs, on which
-    predicates decide, out of the backward's arguments; ``gradients`` lays the backward's results out as one
-    gradient per forward input. Outputs beyond ``differentiable`` carry no gradient.
+    ``schema`` and ``backward_schema`` leave out the name. ``saves`` maps (inputs, outputs) of the forward to
+    the arguments of the backward that follow the output gradients; ``primals`` picks the forward's inputs, on
+    which predicates decide, out of the backward's arguments; ``gradients`` lays the backward's results out as
+    one gradient per forward input. Outputs beyond ``differentiable`` carry no gradient.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Operator:
         self.backends[backend.name] = backend
 
     def explain(self, *inputs) -> dict[str, str | None]:
-        """For these forward inputs: every backend's name with None (it can run) or the reason why it cannot."""
+        """For these forward inputs: every backend's name with None (it can run) or the reason why not."""
         return {name: self.backends[name].predicate(*inputs) for name in self.order if name in self.backends}
 
     def choose(self, *inputs) -> Backend:
@@ -178,7 +178,7 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: the name is not a backend's.
-        BackendUnavailable: raised by an operator inside, with the reason, where that backend cannot run the call.
+        BackendUnavailable: raised by an operator inside, with the reason, where that backend cannot run.
 
     Enter it outside of a function given to torch.compile; compiled code obeys it when it runs.
     """

@@ -68,8 +68,8 @@ OPERATOR = Operator(
     name="task_interaction",
     schema="(Tensor x, Tensor y, Tensor[] weights, float tau, bool training)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backward_schema="(Tensor grad_x, Tensor grad_y, Tensor grad_gates, Tensor grad_signals, Tensor x, Tensor y,"
-    " Tensor summary, Tensor[] weights, float tau, bool training) -> Tensor[]",
+    backward_schema="(Tensor grad_x, Tensor grad_y, Tensor grad_gates, Tensor grad_signals, Tensor x,"
+    " Tensor y, Tensor summary, Tensor[] weights, float tau, bool training) -> Tensor[]",
     fake=_fake,
     fake_backward=_fake_backward,
     saves=_saves,
@@ -97,7 +97,8 @@ def task_interaction(
         TaskInteraction(x, y, gates, signals).
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, weights no TaskInteractionWeights, tau no number.
+        TypeError: an argument is not a floating-point tensor, weights not a TaskInteractionWeights, tau not a
+            number.
         ValueError: a shape or a device does not fit, or training is asked for with a batch of one.
 
     Source: SPEC 1.3; BTI-Net (arXiv 2606.29102), task interaction module and uncertainty-proxy attention.

@@ -17,7 +17,7 @@ def cross_attention(
     k_mask: Tensor | None,  # (B, M) bool
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out_q (B, h, N, e), out_k (B, h, M, e) and the log-sum-exps of the rows (B, h, N) and columns (B, h, M).
+    """out_q (B, h, N, e), out_k (B, h, M, e), the log-sum-exps of the rows (B, h, N) and columns (B, h, M).
 
     A masked token leaves both softmaxes, and what it holds (NaN included) reaches no other token; a row with
     nothing to attend to gives zeros, zero gradients and a log-sum-exp of -inf. SPEC 1.4.

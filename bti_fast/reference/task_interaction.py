@@ -128,8 +128,9 @@ def task_interaction(
     tau: float,
     training: bool,
 ) -> tuple[Tensor, ...]:
-    """x' (B, C, *spatial), y' (B, F), gates (B, 2), signals (B, 3), the batch's mean and unbiased variance (F,)
-    for the running statistics, and the statistics of x (B, C + C/2 + 1) that a backward pass can start from."""
+    """x' (B, C, *spatial), y' (B, F), gates (B, 2), signals (B, 3), the batch's mean and unbiased variance
+    (F,) for the running statistics, and the statistics of x (B, C + C/2 + 1) that a backward pass can start
+    from. SPEC 1.3."""
     w = TaskInteractionWeights(*weights)
     summary = statistics(x, w.conv_weight, w.conv_bias)
     algebra = gate_algebra(summary, y, w, tau, training)
@@ -156,7 +157,7 @@ def task_interaction_backward(
     tau: float,
     training: bool,
 ) -> list[Tensor]:
-    """Gradients of x, y and every weight (zeros for the running statistics), by differentiating the reference."""
+    """Gradients of x, y and every weight (zeros for the running statistics), by differentiation."""
     function = lambda x, y, weights: task_interaction(x, y, weights, tau, training)[:4]  # noqa: E731
     cotangents = (grad_x_out, grad_y_out, grad_gates, grad_signals)
     grad_x, grad_y, grad_weights = vjp(function, (x, y, list(weights)), cotangents)

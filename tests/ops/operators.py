@@ -20,14 +20,13 @@ BACKENDS_HERE = ("reference", "cpu", "triton", "sdpa")  # cuda needs a GPU: `mak
 class Case:
     """One operator under test.
 
-    ``make(shape, generator)`` gives float64 inputs by name, the first of them the anchor whose memory format the
-    first output keeps; ``call`` takes them and returns the float outputs; ``maps`` names the inputs with spatial axes.
+    ``make(shape, generator)`` gives float64 inputs by name, the first of them the anchor whose memory format
+    the first output keeps; ``call`` takes them and returns the float outputs.
     """
 
     name: str
     make: Callable[[tuple, torch.Generator], dict[str, Tensor]]
     call: Callable[..., tuple[Tensor, ...]]
-    maps: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     empties: tuple[tuple[int, ...], ...]
     keeps_format: bool = True
@@ -133,7 +132,6 @@ CASES = (
         "entropy_uncertainty",
         entropy_inputs,
         lambda logits: (ops.entropy_uncertainty(logits),),
-        ("logits",),
         (*MAPS, (5, 7), (4, 1)),
         (*EMPTY_MAPS, (0, 4)),
         keeps_format=False,
@@ -142,22 +140,20 @@ CASES = (
         "gated_fusion",
         fusion_inputs,
         lambda *inputs: tuple(ops.gated_fusion(*inputs)),
-        ("x", "seg_logits"),
         MAPS,
         EMPTY_MAPS,
     ),
-    Case("task_interaction", interaction_inputs, call_interaction, ("x",), MAPS, EMPTY_MAPS),
+    Case("task_interaction", interaction_inputs, call_interaction, MAPS, EMPTY_MAPS),
     Case(
         "task_interaction_training",
         interaction_inputs,
         call_interaction_training,
-        ("x",),
-        # Two samples normalise to +-1, and one hidden channel to a multiple of it: no gradient worth measuring.
+        # Two samples normalise to +-1, and one hidden channel to a multiple of it: no gradient to measure.
         tuple((shape[0] + 2, max(shape[1], 3), *shape[2:]) for shape in MAPS),
         EMPTY_MAPS,
     ),
-    Case("cross_attention", attention_inputs, call_attention, (), ATTENTION, EMPTY_ATTENTION),
-    Case("cross_attention_masked", attention_inputs, call_masked_attention, (), ATTENTION, ()),
+    Case("cross_attention", attention_inputs, call_attention, ATTENTION, EMPTY_ATTENTION),
+    Case("cross_attention_masked", attention_inputs, call_masked_attention, ATTENTION, ()),
 )
 
 

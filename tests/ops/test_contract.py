@@ -103,7 +103,7 @@ def raw_arguments(case, inputs):
 
 
 def layouts(value):
-    """The same numbers as channels-last, sliced out of a larger tensor, transposed, and reversed in memory order."""
+    """The same numbers channels-last, sliced out of a larger tensor, transposed, and reversed in memory."""
     if value.dim() in (4, 5):
         fmt = torch.channels_last if value.dim() == 4 else torch.channels_last_3d
         yield "channels_last", value.contiguous(memory_format=fmt)
