@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -100,7 +101,8 @@ def binarise(values: np.ndarray, path: Path) -> np.ndarray:
     return values > half
 
 
-def _open(path: Path, max_pixels: int) -> Image.Image:
+def _decode(path: Path, max_pixels: int) -> Image.Image:
+    """The upright picture in memory, whatever its mode."""
     try:
         if not path.exists():
             raise UserError(f"{path}: no such file")
@@ -108,8 +110,10 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
             raise UserError(f"{path}: not a file; needs an image file")
         if path.stat().st_size == 0:
             raise UserError(f"{path}: empty file (0 bytes); needs an image")
-        picture = Image.open(path, formats=FORMATS)
-        sequence = picture.format not in ("JPEG", "MPO") and getattr(picture, "is_animated", False)
+        # Given a path, Pillow maps plain TIFFs into memory and garbles those stored on their side.
+        with path.open("rb") as stream, _open(path, stream, max_pixels) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(picture)
     except UserError:
         raise
     except PermissionError as cause:
@@ -119,27 +123,18 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as cause:
         raise UserError(f"{path}: far too many pixels; needs at most {max_pixels:,}") from cause
     except _DECODE_ERRORS as cause:
-        raise UserError(f"{path}: damaged image header ({_one_line(cause)}); needs a whole file") from cause
+        raise UserError(f"{path}: damaged or truncated ({_one_line(cause)}); needs a whole file") from cause
+
+
+def _open(path: Path, stream: BinaryIO, max_pixels: int) -> Image.Image:
+    """The picture with its header read and its size checked, before any pixel is decoded."""
+    picture = Image.open(stream, formats=FORMATS)
+    if picture.format not in ("JPEG", "MPO") and getattr(picture, "is_animated", False):
+        raise UserError(f"{path}: a sequence of several images; needs a single image")
     width, height = picture.size
-    if width * height == 0 or width * height > max_pixels or sequence:
-        picture.close()
-        if sequence:
-            raise UserError(f"{path}: a sequence of several images; needs a single image")
+    if not 0 < width * height <= max_pixels:
         raise UserError(f"{path}: {width} x {height} pixels; needs from 1 to {max_pixels:,} pixels")
     return picture
-
-
-def _decode(path: Path, max_pixels: int) -> Image.Image:
-    with _open(path, max_pixels) as picture:
-        try:
-            picture.load()
-            return ImageOps.exif_transpose(picture) or picture.copy()
-        except Image.DecompressionBombError as cause:
-            raise UserError(f"{path}: far too many pixels; needs at most {max_pixels:,}") from cause
-        except _DECODE_ERRORS as cause:
-            raise UserError(
-                f"{path}: damaged or truncated ({_one_line(cause)}); needs a whole file"
-            ) from cause
 
 
 def _over_black(picture: Image.Image) -> Image.Image:

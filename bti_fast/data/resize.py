@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Integral
+
 import numpy as np
 from PIL import Image
 
@@ -10,12 +13,10 @@ from bti_fast.errors import UserError
 
 def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) from one side length or a pair; raises UserError unless both are positive integers."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(
-        isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair
-    ):
+    pair = size if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2 or not all(isinstance(side, Integral) and side > 0 for side in pair):
         raise UserError(f"size is {size!r}; needs a positive integer or (height, width)")
-    return pair
+    return int(pair[0]), int(pair[1])
 
 
 def resize_image(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
