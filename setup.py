@@ -33,6 +33,7 @@ class BuildPython(build_py):
 
     def run(self):
         super().run()
+        native_build.clear(package_folder(self))
         native_build.write_record(plan, package_folder(self))
 
 

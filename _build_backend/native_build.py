@@ -235,6 +235,12 @@ def announce(plan: Plan) -> None:
         shout(f"no CUDA C++ operators: {plan.cuda_reason}")
 
 
+def clear(package: Path) -> None:
+    """Remove what an earlier build left in the package, so that a library it left out now does not live on."""
+    for file in [*package.glob("_native*"), *package.glob("lib/*bti_fast_*")]:
+        file.unlink()
+
+
 def write_record(plan: Plan, package: Path) -> None:
     """Leave in the package what was built and why the rest was not, for `bti-fast doctor`."""
     record = asdict(plan)
