@@ -57,16 +57,16 @@ class CaseDataset(torch.utils.data.Dataset):
         self.seed = seed
         # Shared, so that persistent workers see the epoch that the parent process sets.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        store = CaseStore(len(self.cases), (channels, *self.size), cache_bytes)
+        self._store = CaseStore(len(self.cases), (channels, *self.size), cache_bytes)
         self._random = _augmentation() if augment else None
         steps = [ReadCase(self.size, channels), _stacked, *(self._random.transforms if augment else ())]
         self._items = CacheDataset(
             self.cases,
             Compose(steps),
-            cache_num=len(store),
+            cache_num=len(self._store),
             copy_cache=False,
             as_contiguous=False,
-            runtime_cache=store,
+            runtime_cache=self._store,
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -77,6 +77,11 @@ class CaseDataset(torch.utils.data.Dataset):
     def epoch(self) -> int:
         return int(self._epoch[0])
 
+    @property
+    def cached(self) -> int:
+        """How many cases the cache holds now, read by whichever process."""
+        return self._store.filled
+
     def __len__(self) -> int:
         return len(self.cases)
 
@@ -86,7 +91,13 @@ class CaseDataset(torch.utils.data.Dataset):
         index %= len(self)
         if self._random is not None:
             self._random.set_random_state(seed=_item_seed(self.seed, self.epoch, index))
-        stacked = self._items[index]
+        try:
+            stacked = self._items[index]
+        except RuntimeError as wrapped:
+            # MONAI wraps whatever a transform raises.
+            if isinstance(wrapped.__cause__, UserError):
+                raise wrapped.__cause__ from None
+            raise
         if self._random is not None:
             stacked = stacked.as_tensor()
             # Interpolated edges are cut at half coverage, as in `resize_mask`.
@@ -148,6 +159,14 @@ class CaseStore:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def filled(self) -> int:
+        return int(self._filled.sum())
+
+    @property
+    def nbytes(self) -> int:
+        return self._images.nbytes + self._masks.nbytes + self._filled.nbytes
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray] | None:
         if not self._filled[index]:
