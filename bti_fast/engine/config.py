@@ -173,7 +173,7 @@ class TrainConfig:
             )
         if self.val_fraction <= 0 or self.val_fraction + self.test_fraction >= 1:
             raise UserError(
-                f"--val-fraction {self.val_fraction} and --test-fraction {self.test_fraction}: validation needs "
+                f"--val-fraction {self.val_fraction}, --test-fraction {self.test_fraction}: validation needs "
                 "cases, and both together must be below 1 so that training cases remain"
             )
         if self.encoder_weights is not None and not Path(self.encoder_weights).is_file():
@@ -305,8 +305,6 @@ def resumed_config(asked: TrainConfig, stored: TrainConfig, source: str) -> Trai
         if new == getattr(defaults, item.name) or new == old:
             continue
         if item.name not in TrainConfig.RUNTIME:
-            raise UserError(
-                f"{source}: was started with {flag(item.name)} {old}, not {new}; leave it out or start a new run"
-            )
+            raise UserError(f"{source}: was started with {flag(item.name)} {old}, not {new}; leave it out")
         taken[item.name] = new
     return dataclasses.replace(stored, **taken)

@@ -20,7 +20,7 @@ IOU_SHARE, ACCURACY_SHARE = 0.7, 0.3
 
 
 class Stage(lightning.LightningModule):
-    """What both stages share: seeding by epoch, running means, and a record of each epoch in `self.record`."""
+    """What both stages share: seeding by epoch, running means, a record of each epoch in `self.record`."""
 
     number = 0
 
@@ -165,7 +165,7 @@ class TaskStage(Stage):
 
 
 class GateStage(Stage):
-    """Stage 2: the gates alone against difficulty targets; all else, BatchNorm statistics and dropout too, rests.
+    """Stage 2: the gates alone against difficulty targets; the rest is frozen, BatchNorm and dropout too.
 
     The network stays in evaluation mode, so the gates are trained on the features that they will see in use.
     """
@@ -210,14 +210,14 @@ class GateStage(Stage):
 
 
 def mask_iou(predicted: Tensor, truth: Tensor) -> Tensor:
-    """IoU of boolean masks (B, K, H, W) -> (B,), over all K planes together; 1 where both are empty (SPEC §7)."""
+    """IoU of boolean masks (B, K, H, W) -> (B,) over all K planes; 1 where both are empty (SPEC §7)."""
     overlap = (predicted & truth).flatten(1).sum(1).double()
     union = (predicted | truth).flatten(1).sum(1).double()
     return torch.where(union > 0, overlap / union.clamp(min=1), torch.ones_like(union))
 
 
 def selection_score(iou: float | None, accuracy: float | None) -> float:
-    """0.7 IoU + 0.3 accuracy (SPEC §6); where the validation cases lack masks or classes, the one that is there.
+    """0.7 IoU + 0.3 accuracy (SPEC §6); where the cases lack masks or classes, the one that is there.
 
     UserError where they lack both.
     """

@@ -60,7 +60,7 @@ def ordered_loader(dataset: CaseDataset, batch_size: int, workers: int) -> DataL
 def _loader(dataset: CaseDataset, workers: int, **order: Any) -> DataLoader[dict[str, Any]]:
     import torch
 
-    # A generator of its own: the loader would draw a seed from the global one, and dropout would then depend on it.
+    # A generator of its own: else the loader draws from the global one, and dropout would depend on that.
     return DataLoader(dataset, num_workers=workers, generator=torch.Generator().manual_seed(0), **order)
 
 
@@ -93,7 +93,7 @@ def read_split(folder: Path, index: DatasetIndex) -> dict[str, list[Case]]:
     missing = [row["id"] for row in rows if row["id"] not in by_id]
     if missing:
         raise UserError(
-            f"{index.root}: {len(missing)} of the run's {len(rows)} cases are not in it, first {missing[0]!r}; "
+            f"{index.root}: lacks {len(missing)} of the run's {len(rows)} cases, first {missing[0]!r}; "
             "give the data the run was trained on, or --split all for other data"
         )
     return {name: [by_id[row["id"]] for row in rows if row["split"] == name] for name in SPLITS}

@@ -84,8 +84,8 @@ class RunLog:
 class EpochRecorder(lightning.Callback):
     """At the end of an epoch: counters, best weights, resume state, logs, one line on screen.
 
-    The order makes a kill at any moment harmless: the state names the best weights, so they are written before it,
-    and everything written after it is derived from it again on resuming.
+    The order makes a kill at any moment harmless: the state names the best weights, so they are written
+    before it, and everything written after it is derived from it again on resuming.
     """
 
     def __init__(self, run: RunLog, limit: int) -> None:

@@ -91,8 +91,8 @@ def find_model(path: str | Path) -> tuple[Path, Path | None]:
     return path, path.parent if path.name == MODEL and (path.parent / CONFIG).is_file() else None
 
 
-def load_model(path: Path) -> Any:
-    """Loads a BTINet from safetensors, in evaluation mode.
+def load_model(path: Path, encoder: Any = None) -> Any:
+    """Loads a BTINet from safetensors, in evaluation mode; encoder as in BTINet.load.
 
     UserError, naming the file, where it is truncated, no safetensors (a pickle is never run), of another
     configuration, or holds weights that are not numbers.
@@ -108,7 +108,7 @@ def load_model(path: Path) -> Any:
             f"{path}: a pickle (which may hold code and is not run), not a safetensors checkpoint"
         )
     try:
-        model = BTINet.load(path)
+        model = BTINet.load(path, encoder=encoder)
     except RuntimeError as cause:  # torch's word for tensors that do not fit
         raise UserError(f"{path}: of another configuration ({first_line(cause)})") from cause
     bad = next((name for name, value in model.named_parameters() if not torch.isfinite(value).all()), None)

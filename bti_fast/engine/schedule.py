@@ -16,7 +16,7 @@ def cosine_share(progress: float, floor: float) -> float:
 class Counters:
     """Progress of one stage, updated once an epoch with a score that is better when higher (SPEC §6).
 
-    factor multiplies the step size; it shrinks after `plateau_patience` epochs without progress and then rests
+    factor multiplies the step size; it shrinks after `plateau_patience` epochs without progress, then rests
     for `plateau_cooldown` epochs. `stalled` counts the epochs without progress.
     """
 
@@ -38,7 +38,7 @@ class Counters:
         plateau_patience: int = 10**9,
         plateau_cooldown: int = 0,
     ) -> bool:
-        """Counts one epoch; returns whether its score is the best so far, so that its weights are to be kept."""
+        """Counts one epoch; returns whether its score is the best so far (its weights are to be kept)."""
         if score >= self.reference + min_progress and score > self.reference:
             self.reference, self.stalled, self.waited = score, 0, 0
         else:

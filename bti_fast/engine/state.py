@@ -36,7 +36,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 def load_state(folder: Path) -> dict[str, Any]:
     """Reads folder/state.pt onto the CPU.
 
-    UserError if it is missing, truncated, holds anything but tensors and plain values (a pickle with code in it is
+    UserError if it is missing, truncated, holds more than tensors and plain values (a pickle with code is
     refused unexecuted), or was written by another version of the format.
     """
     path = folder / NAME

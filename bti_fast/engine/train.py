@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import bti_fast
-from bti_fast.data import CaseDataset, read_dataset, split_cases
+from bti_fast.data import CaseDataset, LeakWarning, read_dataset, split_cases
 from bti_fast.engine import run_folder
 from bti_fast.engine.config import TrainConfig, resumed_config
 from bti_fast.engine.device import choose_device, set_threads
@@ -35,12 +36,19 @@ from bti_fast.models import BTINet
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
-def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> Path:
-    """Trains both stages and returns the run folder (model.safetensors, metrics.csv, report.html, tensorboard).
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    encoder: torch.nn.Module | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Trains both stages and returns the run folder: model.safetensors, metrics.csv, report.html and more.
 
     With resume, the run in config.out goes on after its last finished epoch, with its own settings; on a CPU
-    with the same number of threads its weights then equal those of an uninterrupted run bit for bit. UserError
-    for bad input; KeyboardInterrupt passes through, and loses at most the running epoch.
+    with the same number of threads its weights then equal those of an uninterrupted run bit for bit.
+    UserError for bad input. KeyboardInterrupt passes through and loses at most the running epoch. encoder, a
+    module of five feature maps as BTINet takes it, stands in for config.encoder.
     """
     console = console or Console(stderr=True)
     if config.out is None:
@@ -54,9 +62,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     else:
         config = dataclasses.replace(config.checked(), data=_absolute(config.data))
         state = None
-        folder = Path(config.out)
-        if (folder / run_folder.CONFIG).exists():
-            run_folder.new_run(folder)  # refuses before the data are read
+        folder = run_folder.new_run(config.out)
     if state is not None and state["finished"] and (folder / run_folder.REPORT).exists():
         _say(console, f"{folder}: this run is finished; nothing to resume")
         return folder
@@ -69,9 +75,12 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     if resume:
         splits = read_split(folder, index)
     else:
-        splits = split_cases(index, config.split, config.fractions, config.split_seed)
+        with warnings.catch_warnings(record=True) as leaks:
+            warnings.simplefilter("always", LeakWarning)
+            splits = split_cases(index, config.split, config.fractions, config.split_seed)
+        for leak in leaks:
+            _say(console, f"warning: {leak.message}")
         _check_splits(splits, config)
-        run_folder.new_run(folder)
         write_split(folder, splits)
         run_folder.write_config(folder, config)  # last: its presence is what makes the folder a run
     names = class_names(index.classes)
@@ -80,7 +89,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
 
     metadata = {"data": index.root.name, "mask_threshold": 0.5, "version": bti_fast.__version__}
     log = RunLog(folder, config, metadata, console)
-    model = build_model(config, names)
+    model = build_model(config, names, encoder)
     cache = config.cache_mb << 20
     data = CaseDataset(
         splits["train"],
@@ -103,16 +112,19 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             _run_stages(config, device, log, model, loaders, state)
     finally:
         log.close()
-    _finish(folder, config, log, splits, names, device)
+    model.load_state_dict(_weights(log))
+    _finish(folder, config, log, splits, model, device)
     return folder
 
 
-def build_model(config: TrainConfig, names: tuple[str, ...]) -> BTINet:
+def build_model(
+    config: TrainConfig, names: tuple[str, ...], encoder: torch.nn.Module | None = None
+) -> BTINet:
     """The untrained network; its weights depend on the seed alone. UserError for a bad encoder."""
     torch.manual_seed(config.seed)
     try:
         model = BTINet(
-            config.encoder,
+            config.encoder if encoder is None else encoder,
             interaction=config.interaction,
             seg_classes=1,
             cls_classes=len(names),
@@ -183,7 +195,7 @@ def _run_stages(
 
 
 def _weights(log: RunLog) -> dict[str, torch.Tensor]:
-    return run_folder.load_model(log.folder / run_folder.CHECKPOINTS / log.best).state_dict()
+    return load_file(log.folder / run_folder.CHECKPOINTS / log.best)
 
 
 def _has_gates(model: BTINet) -> bool:
@@ -272,13 +284,13 @@ def _finish(
     config: TrainConfig,
     log: RunLog,
     splits: dict[str, list[Any]],
-    names: tuple[str, ...],
-    device: Any,
+    model: BTINet,
+    device: torch.device,
 ) -> None:
     from bti_fast.engine.train_report import write_train_report
 
-    counts = {name: count_classes(cases, names) for name, cases in splits.items()}
-    write_train_report(folder, config, log.history, log.best, counts, splits["val"], device)
+    counts = {name: count_classes(cases, model.classes) for name, cases in splits.items()}
+    write_train_report(folder, config, log.history, log.best, counts, splits["val"], model, device)
     _say(log.console, f"best weights: {log.best.removesuffix('.safetensors')} -> {folder / run_folder.MODEL}")
     _say(log.console, f"report: {folder / run_folder.REPORT}")
 

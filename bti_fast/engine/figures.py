@@ -1,0 +1,128 @@
+"""The figures of the reports, drawn without a display: curves over epochs, ROC, reliability,
+risk-coverage."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from bti_fast.engine.files import write_atomic
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")
+# Drawn in this colour, and turned into the page's own text colour where the figure stands in a page.
+INK = "#13579b"
+_numbers = itertools.count()
+
+
+def new_figure(width: float = 5.2, height: float = 3.6) -> tuple[Figure, Any]:
+    """An empty figure with one set of axes, sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def curves(history: Sequence[Mapping[str, Any]], names: Mapping[str, str], ylabel: str, title: str) -> Figure:
+    """Columns of the history over the epochs; names maps column to legend. One point is shown as a point."""
+    figure, axes = new_figure()
+    for (column, label), colour in zip(names.items(), COLOURS, strict=False):
+        points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=colour, label=label, linewidth=1.6, marker="o" if len(x) < 3 else None)
+    axes.set(xlabel="epoch", ylabel=ylabel, title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+    return figure
+
+
+def roc(found: Mapping[str, Mapping[str, Any] | None]) -> Figure:
+    """One-against-the-rest ROC curves, as metrics.roc_curves gives them."""
+    figure, axes = new_figure(4.4, 4.2)
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
+    for (name, curve), colour in zip(found.items(), itertools.cycle(COLOURS), strict=False):
+        if curve is None:
+            axes.plot([], [], color=colour, label=f"{name}: n/a")
+        else:
+            axes.plot(
+                curve["fpr"], curve["tpr"], color=colour, linewidth=1.6, label=f"{name}: {curve['auc']:.3f}"
+            )
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, each class against the rest")
+    axes.legend(frameon=False, title="AUC", loc="lower right")
+    return figure
+
+
+def reliability(found: Mapping[str, Sequence[Any]], ece: float | None) -> Figure:
+    """Accuracy over confidence, as metrics.reliability_curve gives it; the area of a dot is its share of the
+    cases."""
+    figure, axes = new_figure(4.4, 4.2)
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
+    cells = zip(found["confidence"], found["accuracy"], found["count"], strict=True)
+    points = [cell for cell in cells if cell[2]]
+    if points:
+        x, y, count = zip(*points, strict=True)
+        axes.plot(x, y, color=COLOURS[0], linewidth=1.2)
+        axes.scatter(x, y, s=[20 + 300 * n / sum(count) for n in count], color=COLOURS[0], alpha=0.7)
+    title = "Reliability" + ("" if ece is None else f", ECE {ece:.3f}")
+    axes.set(xlabel="confidence", ylabel="accuracy", title=title, xlim=(0, 1.02), ylim=(0, 1.02))
+    return figure
+
+
+def risk_coverage(found: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Failure rate among the accepted cases, as metrics.risk_coverage gives it for each signal."""
+    figure, axes = new_figure()
+    for (name, curve), colour in zip(found.items(), itertools.cycle(COLOURS), strict=False):
+        if curve["coverage"]:
+            aurc = "n/a" if curve["aurc"] is None else f"{curve['aurc']:.3f}"
+            label = f"{name.replace('_', ' ')}: {aurc}"
+            wide = 2.4 if name == "failure_score" else 1.2
+            axes.plot(curve["coverage"], curve["risk"], color=colour, linewidth=wide, label=label)
+    axes.set(
+        xlabel="share of cases kept, least doubtful first", ylabel="failure rate", title="Risk and coverage"
+    )
+    axes.set(xlim=(0, 1.02), ylim=(-0.02, None))
+    axes.legend(frameon=False, title="AURC", fontsize="small")
+    return figure
+
+
+def _inked(figure: Figure) -> None:
+    for axes in figure.axes:
+        axes.tick_params(colors=INK)
+        for part in (*axes.spines.values(),):
+            part.set_edgecolor(INK)
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_color(INK)
+        legend = axes.get_legend()
+        if legend is not None:
+            for text in (*legend.get_texts(), legend.get_title()):
+                text.set_color(INK)
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an inline SVG without background whose text and axes take the page's text colour."""
+    _inked(figure)
+    buffer = io.StringIO()
+    # A salt of its own keeps the identifiers of two figures on one page apart, and the same from run to run.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"figure {next(_numbers)}"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    return text.replace(INK, "currentColor")
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """The figure as a PNG on white, in one step."""
+    for axes in figure.axes:
+        for line in axes.lines:
+            if line.get_color() == INK:
+                line.set_color("#444444")
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, facecolor="white"))

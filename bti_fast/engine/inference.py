@@ -1,0 +1,123 @@
+"""From images of any size to masks at their own size, class probabilities, gates and uncertainties."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bti_fast import metrics
+from bti_fast.data import resize_image
+from bti_fast.ops import entropy_uncertainty
+
+MASK_THRESHOLD = 0.5
+FAILURE_SCORE = "failure_score"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of one image."""
+
+    id: str
+    mask_prob: np.ndarray  # (H, W) float32 at the image's own size
+    class_prob: list[float]  # (L,)
+    gates: list[list[float]]  # per level [w_seg, w_cls]; empty without gates
+    proxies: list[list[float]]  # per level SPEC §1.3's signals; empty unless the interaction has them
+    level_uncertainty: list[
+        float
+    ]  # per level the mean of SPEC §1.2's map; empty unless the interaction has it
+    mask_entropy: float  # mean over the pixels, 0..1
+    class_entropy: float  # 0..1
+
+    @property
+    def failure_score(self) -> float:
+        """See failure_score()."""
+        return failure_score(self.mask_prob, self.class_prob)
+
+    def failure_signals(self) -> dict[str, float]:
+        """Every failure signal of SPEC §7 and the failure score; higher means a failure is more likely."""
+        found = metrics.failure_signals(
+            gates=self.gates,
+            proxies=self.proxies,
+            mask_entropy=self.mask_entropy,
+            class_entropy=self.class_entropy,
+        )
+        return {**found, FAILURE_SCORE: self.failure_score}
+
+
+def predict_images(
+    model: Any,
+    images: Iterable[tuple[str, np.ndarray]],
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+) -> Iterator[Prediction]:
+    """Predicts (id, image float32 (C, H, W) in 0..1) pairs in order; the model is left in evaluation mode."""
+    model = model.to(device).eval()
+    size = model.config["image_size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    pending = iter(images)
+    while batch := list(islice(pending, batch_size)):
+        yield from _predict_batch(model, batch, size, device)
+
+
+@torch.inference_mode()
+def _predict_batch(
+    model: Any, batch: list[tuple[str, np.ndarray]], size: tuple[int, int], device: torch.device | str
+) -> list[Prediction]:
+    inputs = torch.from_numpy(np.stack([resize_image(image, size) for _, image in batch])).to(device)
+    out = model(inputs)
+    seg_logits, cls_logits = out.seg_logits.float(), out.cls_logits.float()
+    prob = seg_logits.sigmoid() if seg_logits.shape[1] == 1 else 1 - seg_logits.softmax(1)[:, :1]
+    mask_entropy = entropy_uncertainty(seg_logits).flatten(1).mean(1).tolist()
+    class_entropy = entropy_uncertainty(cls_logits).tolist()
+    class_prob = cls_logits.double().softmax(1).tolist()
+    gates = [level.float().tolist() for level in out.gates]
+    proxies = [level.float().tolist() for level in out.uncertainty if level.ndim == 2 and level.shape[1] == 3]
+    maps = [level.float().flatten(1).mean(1).tolist() for level in out.uncertainty if level.ndim == 3]
+    return [
+        Prediction(
+            id=name,
+            mask_prob=_to_size(prob[i : i + 1], image.shape[1:]),
+            class_prob=class_prob[i],
+            gates=[level[i] for level in gates],
+            proxies=[level[i] for level in proxies],
+            level_uncertainty=[level[i] for level in maps],
+            mask_entropy=mask_entropy[i],
+            class_entropy=class_entropy[i],
+        )
+        for i, (name, image) in enumerate(batch)
+    ]
+
+
+def _to_size(prob: torch.Tensor, size: tuple[int, ...]) -> np.ndarray:
+    """(1, 1, h, w) probabilities -> (H, W) numpy, bilinear; averaged where the image is the smaller one."""
+    smaller = size[0] < prob.shape[2] or size[1] < prob.shape[3]
+    resized = F.interpolate(prob, size=tuple(size), mode="bilinear", align_corners=False, antialias=smaller)
+    return resized[0, 0].clamp(0, 1).cpu().numpy()
+
+
+def failure_score(mask_prob: np.ndarray, class_prob: list[float], threshold: float = MASK_THRESHOLD) -> float:
+    """One number in 0..1, higher where the mask or the class is more likely wrong.
+
+    1 - s · c with c the greatest class probability and s the soft Dice confidence of the mask, 2 Σ p m / (Σ
+    p + Σ m) for probabilities p and their own thresholded mask m (Borges et al. 2024, arXiv 2402.10665); for
+    an empty m, s is 1 - max p, the confidence that no pixel is lesion.
+    """
+    prob = mask_prob.astype(np.float64)
+    mask = prob > threshold
+    if mask.any():
+        certain = 2 * prob[mask].sum() / (prob.sum() + mask.sum())
+    else:
+        certain = 1 - prob.max(initial=0.0)
+    return float(1 - certain * max(class_prob))
+
+
+def class_names(model: Any) -> tuple[str, ...]:
+    """The names of a model's classes; numbered where the checkpoint has none."""
+    return model.classes or tuple(f"class {i}" for i in range(model.config["cls_classes"]))
