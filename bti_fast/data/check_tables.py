@@ -23,7 +23,10 @@ def render(report: CheckReport, console: Console | None = None) -> None:
     console.print(_counts(report))
     console.print(_findings(report))
     _listing(console, "Problems", [problem.message for problem in report.problems])
-    across = [f"{pair.a}  and  {pair.b}  ({pair.similarity:.4f})" for pair in report.cross_class]
+    across = [
+        f"{pair.a}  and  {pair.b}  ({'same pixels' if pair.exact else f'{pair.similarity:.4f}'})"
+        for pair in report.cross_class
+    ]
     _listing(console, "Near-duplicates under two classes", across)
     _listing(console, "Leaks between splits", [",  ".join(group) for group in report.leaks])
     if report.ok:

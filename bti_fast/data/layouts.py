@@ -43,11 +43,16 @@ def read_dataset(
     nothing usable is left.
     """
     path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; needs a data set")
-    name, root = _choose(path, layout)
-    options = {"allow_missing_classes": allow_missing_classes} if name == "busi" else {}
-    index = LAYOUTS[name].read(root, **options)
+    try:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; needs a data set")
+        name, root = _choose(path, layout)
+        options = {"allow_missing_classes": allow_missing_classes} if name == "busi" else {}
+        index = LAYOUTS[name].read(root, **options)
+    except OSError as cause:
+        raise UserError(
+            f"{path}: cannot be listed ({cause.strerror or cause}); needs read permission"
+        ) from cause
     if verify:
         cases, problems = drop_unusable(index.cases)
         index = replace(index, cases=cases, problems=[*index.problems, *problems])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from numbers import Integral
 
 import numpy as np
@@ -72,6 +73,7 @@ def area_average(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return rows @ image @ columns.T
 
 
+@lru_cache(maxsize=64)
 def _overlaps(pixels: int, cells: int) -> np.ndarray:
     """(cells, pixels) share of each cell that each pixel covers; rows sum to one."""
     edges = np.linspace(0, pixels, cells + 1)

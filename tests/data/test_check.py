@@ -65,6 +65,7 @@ def test_everything_planted_is_found(busi):
     (pair,) = report.cross_class
     assert (pair.a, pair.b, pair.exact) == ("benign/benign (4).png", "normal/normal (2).png", True)
     assert report.masks == {"lesion": 5, "empty": 4, "unknown": 1}
+    assert "normal/normal (2).png  (same pixels)" in rendered(report)
 
 
 def test_json_and_tables_tell_the_same(busi):

@@ -127,6 +127,15 @@ def test_unknown_folder_lists_what_was_looked_for(tmp_path):
         read_dataset(tmp_path, "busi")
 
 
+def test_folder_that_cannot_be_listed(busi, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    with pytest.raises(UserError, match="cannot be listed .Permission denied"):
+        read_dataset(busi)
+
+
 def test_manifest_every_column(listed):
     index = listed(
         "image,mask,class,split,group\n"
