@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bti_fast import _library
-from bti_fast.ops.dispatch import Backend
+from bti_fast.ops.dispatch import Backend, forced
 
 
 def reference_backend(forward: Callable, backward: Callable) -> Backend:
@@ -50,6 +50,8 @@ def triton_backend(operator: str, limits: Callable[..., str | None]) -> Backend:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if device != "cuda" and not (device == "cpu" and interpreted):
             return f"needs cuda tensors (or cpu tensors with TRITON_INTERPRET=1), got {inputs[0].device}"
+        if device == "cpu" and forced() != "triton":
+            return "Triton's interpreter runs only where it is forced, by bti_fast.backend('triton')"
         return _triton_missing() or limits(*inputs)
 
     def launcher(name: str) -> Callable:

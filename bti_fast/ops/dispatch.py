@@ -188,6 +188,11 @@ def backend(name: str) -> Iterator[None]:
         yield
 
 
+def forced() -> str | None:
+    """The name of the backend that is forced here, or None."""
+    return _forced.get()
+
+
 def like(tensor: Tensor, template: Tensor) -> Tensor:
     """``tensor`` in the strides that ``torch.empty_like(template)`` has, copied only where they differ."""
     strides = torch.empty_like(template, device="meta").stride()

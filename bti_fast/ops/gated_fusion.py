@@ -44,7 +44,9 @@ def _reference_forward(x, *rest):
 
 
 def _reference_backward(*args):
-    return tuple(like(grad, value) for grad, value in zip(reference_backward(*args), args[4:9], strict=True))
+    *inputs, _pooled, _mean, tau = args
+    grads = reference_backward(*inputs, tau)
+    return tuple(like(grad, value) for grad, value in zip(grads, args[4:9], strict=True))
 
 
 OPERATOR = Operator(
@@ -52,12 +54,13 @@ OPERATOR = Operator(
     schema="(Tensor x, Tensor seg_logits, Tensor prior, Tensor cls_uncertainty, Tensor coeffs, float tau)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     backward_schema="(Tensor grad_x, Tensor grad_pooled, Tensor grad_mean, Tensor grad_u, Tensor x,"
-    " Tensor seg_logits, Tensor prior, Tensor cls_uncertainty, Tensor coeffs, float tau)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor seg_logits, Tensor prior, Tensor cls_uncertainty, Tensor coeffs, Tensor pooled,"
+    " Tensor mean_uncertainty, float tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     fake_backward=_fake_backward,
-    saves=lambda inputs, outputs: inputs,
-    primals=lambda args: args[4:],
+    # The pooled sums and the mean uncertainty are vectors, and spare a backward pass a second look at x.
+    saves=lambda inputs, outputs: (*inputs[:5], outputs[1], outputs[2], inputs[5]),
+    primals=lambda args: (*args[4:9], args[11]),
     gradients=lambda primals, result: (*result, None),
     differentiable=4,
 )
