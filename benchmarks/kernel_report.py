@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time, without a GPU, and report what the compilers made of them.
 
-    python benchmarks/kernel_report.py [--json FILE] [--operator NAME] [--target sm_90]
+    python benchmarks/kernel_report.py [--json FILE] [--operator NAME] [--specimen REGEX] [--target sm_90]
 
 The launchers run on meta tensors with the launch itself intercepted, so what is compiled is exactly what they
 would launch. Exit status 1 where a kernel spills, exceeds the chip's shared memory, or lacks the 16-byte
@@ -149,11 +149,18 @@ def _amd_usage(text: str) -> tuple[int, int, int]:
     return number("vgpr_count"), spills, len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text))
 
 
-def report(operators: list[str] | None = None, targets: list[str] | None = None) -> list[Row]:
-    """Compile every specimen of `operators` for every one of `targets` (all by default)."""
+def report(
+    operators: list[str] | None = None, targets: list[str] | None = None, specimens: str = ""
+) -> list[Row]:
+    """Compile the specimens of `operators` whose names match the regular expression `specimens`.
+
+    By default: every specimen of every operator, for every target.
+    """
     rows = []
     for operator in operators or SPECIMENS:
         for specimen in SPECIMENS[operator]():
+            if not re.search(specimens, specimen.name):
+                continue
             with _intercepted_launches() as launches:
                 specimen.call()
             for target in targets or TARGETS:
@@ -184,9 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     parser.add_argument("--operator", action="append", choices=list(SPECIMENS))
+    parser.add_argument("--specimen", default="", help="regular expression that names of specimens match")
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     chosen = parser.parse_args(arguments)
-    rows = report(chosen.operator, chosen.target)
+    rows = report(chosen.operator, chosen.target, chosen.specimen)
     header = f"{'operator':20} {'specimen':34} {'kernel':16} {'target':7}"
     print(f"{header} {'reg':>4} {'spill':>5} {'shared':>7} {'16B':>4}")
     for r in rows:

@@ -1,0 +1,117 @@
+"""The whole BTI-Net: seconds and peak memory of inference and of a training step, each in a fresh process.
+
+``python -m bti_fast.benchmarks.network``. The published TensorFlow code takes about 1.6 s for inference, and
+6.8 s and 7.3 GB for a training step, at the default size on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+MODES = ("inference", "training step")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs every asked combination in a fresh process, so that each peak of memory is its own."""
+    parser = argparse.ArgumentParser(prog="bti_fast.benchmarks.network", description=__doc__.splitlines()[0])
+    parser.add_argument("--encoder", default="efficientnet-b4", help="efficientnet-b0 to -b7")
+    parser.add_argument("--size", type=int, default=224, help="side of the square images, in pixels")
+    parser.add_argument("--batch", type=int, default=8, help="images in a batch")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats after one to warm up")
+    parser.add_argument(
+        "--interactions", nargs="+", default=["proxy"], help="none fixed proxy entropy attention"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also under torch.compile (minutes to compile)"
+    )
+    parser.add_argument("--backend", default="auto", help="force one operator backend, such as reference")
+    parser.add_argument("--layout", choices=("contiguous", "channels_last"), default="contiguous")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        print(json.dumps(_measure(options, *options.one.split(","))))
+        return 0
+    print(
+        f"{options.encoder}, {options.batch}x3x{options.size}x{options.size}, {options.threads} threads, "
+        f"{options.layout}, operators: {options.backend}"
+    )
+    print(f"{'interaction':12} {'mode':14} {'provider':8} {'median s':>9} {'min-max':>15} {'peak GB':>8}")
+    for interaction in options.interactions:
+        for mode in MODES:
+            for provider in ("eager", "compile") if options.compile else ("eager",):
+                row = _in_fresh_process(
+                    sys.argv[1:] if arguments is None else arguments, interaction, mode, provider
+                )
+                span = f"{row['min']:.2f}-{row['max']:.2f}"
+                line = f"{interaction:12} {mode:14} {provider:8} {row['median']:9.2f} {span:>15}"
+                print(f"{line} {row['peak']:8.2f}", flush=True)
+    return 0
+
+
+def _in_fresh_process(arguments: list[str], *case: str) -> dict:
+    command = [sys.executable, "-m", "bti_fast.benchmarks.network", *arguments, "--one", ",".join(case)]
+    return json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    )
+
+
+def _measure(options: argparse.Namespace, interaction: str, mode: str, provider: str) -> dict:
+    import contextlib
+
+    import torch
+
+    import bti_fast
+    from bti_fast.losses import classification_loss, segmentation_loss
+    from bti_fast.models import BTINet
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = BTINet(options.encoder, interaction=interaction, image_size=options.size)
+    image = torch.rand(options.batch, 3, options.size, options.size)
+    if options.layout == "channels_last":
+        model, image = (
+            model.to(memory_format=torch.channels_last),
+            image.contiguous(memory_format=torch.channels_last),
+        )
+    mask = (torch.rand(options.batch, 1, options.size, options.size) > 0.9).float()
+    label = torch.arange(options.batch) % 3
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    forward = torch.compile(model) if provider == "compile" else model
+
+    def inference() -> None:
+        with torch.no_grad():
+            forward(image)
+
+    def training_step() -> None:
+        optimizer.zero_grad()
+        out = forward(image)
+        loss = 0.8 * segmentation_loss(out.seg_logits, mask) + 0.2 * classification_loss(
+            out.cls_logits, label
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    model.train(mode != "inference")
+    step = inference if mode == "inference" else training_step
+    forced = contextlib.nullcontext() if options.backend == "auto" else bti_fast.backend(options.backend)
+    times = []
+    with forced:
+        step()
+        for _ in range(options.repeats):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"median": statistics.median(times), "min": min(times), "max": max(times), "peak": peak}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
