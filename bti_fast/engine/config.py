@@ -92,6 +92,13 @@ class TrainConfig:
     plateau_cooldown: int = option(
         2, "Epochs to wait after it before counting again.", "Training", low=0, high=100000
     )
+    bn_momentum: float = option(
+        0.01,
+        "Weight of the newest batch in BatchNorm's running statistics; raise it for runs of few steps.",
+        "Training",
+        low=1e-4,
+        high=1.0,
+    )
     clip_norm: float = option(
         1.0, "Gradients longer than this are shortened to it.", "Training", low=1e-6, high=1e6
     )

@@ -53,6 +53,7 @@ def demo(
             epochs=epochs,
             gate_epochs=GATE_EPOCHS,
             learning_rate=1e-3,
+            bn_momentum=0.1,  # a demo has too few steps for the paper's 0.01
             threads=threads,
         ),
         console=console,

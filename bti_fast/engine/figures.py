@@ -88,7 +88,7 @@ def risk_coverage(found: Mapping[str, Mapping[str, Any]]) -> Figure:
         xlabel="share of cases kept, least doubtful first", ylabel="failure rate", title="Risk and coverage"
     )
     axes.set(xlim=(0, 1.02), ylim=(-0.02, None))
-    axes.legend(frameon=False, title="AURC", fontsize="small")
+    axes.legend(frameon=False, title="AURC", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -136,6 +136,9 @@ def build_model(
         )
     except ValueError as cause:
         raise UserError(f"--encoder {config.encoder}: {first_line(cause)}") from cause
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = config.bn_momentum
     if config.double_rescale:  # (x / 255 - mean) / std, kept with the weights, so that prediction does it too
         model.image_mean.mul_(255)
         model.image_std.mul_(255)
