@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import threading
 from pathlib import Path
@@ -35,13 +36,26 @@ def _load(name: str) -> str | None:
     file = path(name)
     if not file.is_file():
         return _why_not_built(name)
+    if _truncated(file):
+        return f"{file.name} does not load: the file is truncated ({file.stat().st_size} bytes)"
     import torch
 
     try:
         torch.ops.load_library(str(file))
-    except Exception as cause:  # a truncated file, a missing libtorch_cuda, an ABI break: all are kept
+    except Exception as cause:  # not a library, a missing libtorch_cuda, an ABI break: all are kept
         return f"{file.name} does not load: {_one_line(cause)}"
     return None
+
+
+def _truncated(file: Path) -> bool:
+    """True for a 64-bit ELF file that ends before its section table: mapping one kills the process."""
+    with file.open("rb") as stream:
+        header = stream.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return False  # the loader refuses it by itself, or it is no ELF platform
+    (table,) = struct.unpack_from("<Q", header, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
+    return table + entry_size * entries > file.stat().st_size
 
 
 def build_record() -> dict:
@@ -86,5 +100,10 @@ def describe() -> dict:
     return state
 
 
-def _one_line(cause: Exception) -> str:
-    return " ".join(f"{type(cause).__name__}: {cause}".split())
+def _one_line(cause: BaseException | None) -> str:
+    """The whole chain of causes: torch wraps the loader's message in one that says nothing."""
+    links = []
+    while cause is not None:
+        links.append(" ".join(f"{type(cause).__name__}: {cause}".split()))
+        cause = cause.__cause__
+    return "; caused by ".join(links)
