@@ -28,8 +28,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class BTINetOutput(NamedTuple):
     """What BTINet returns.
 
-    seg_logits (B, K, H, W) at the input's size and cls_logits (B, L); then one entry per decoder level, coarsest
-    first, or none where the interaction has nothing to tell: gates (B, 2) = [w_seg, w_cls]; uncertainty, the
+    seg_logits (B, K, H, W) at the input's size and cls_logits (B, L); then one entry per decoder level,
+    coarsest first, or none where the interaction has nothing to tell: gates (B, 2) = [w_seg, w_cls]; uncertainty, the
     signals (B, 3) or the entropy map (B, h, w); auxiliary logits (B, K, h, w) and (B, L).
     """
 
@@ -64,9 +64,9 @@ class DecoderLevel(nn.Module):
 class UpConv(nn.ConvTranspose2d):
     """3x3 transposed convolution of stride 2, brought to a given size.
 
-    Its full output has 2n + 1 rows for n. Asked for at most that many, it drops the last ones: for 2n this is the
-    published code's "same" padding, for 2n - 1 it undoes an encoder that rounded an odd size up. Asked for more,
-    which only encoders of other strides do, it interpolates bilinearly.
+    Its full output has 2n + 1 rows for n. Asked for 2n - 1 to 2n + 1, it drops the last ones: for 2n this is
+    the published code's "same" padding, for 2n - 1 it undoes an encoder that rounded an odd size up. Asked for
+    another size, which only encoders of other strides do, it interpolates bilinearly.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -74,7 +74,10 @@ class UpConv(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         height, width = size
-        if 2 * x.shape[2] - 1 <= height <= 2 * x.shape[2] + 1 and 2 * x.shape[3] - 1 <= width <= 2 * x.shape[3] + 1:
+        if (
+            2 * x.shape[2] - 1 <= height <= 2 * x.shape[2] + 1
+            and 2 * x.shape[3] - 1 <= width <= 2 * x.shape[3] + 1
+        ):
             return super().forward(x)[:, :, :height, :width]
         full = super().forward(x)[:, :, :-1, :-1]
         return F.interpolate(full, size=(height, width), mode="bilinear", align_corners=False)
@@ -86,13 +89,13 @@ class BTINet(nn.Module):
     forward(image (B, in_channels, H, W), floating point in 0..1) -> BTINetOutput. Any H and W of at least 32.
 
     encoder: "efficientnet-b0" to "efficientnet-b7", or any module that returns five maps (B, C, h, w), finest
-    first, at about 1/2 to 1/32 of the size (its channels from `encoder_channels`, else its attribute `channels`,
-    else a dry run on 64x64).
+    first, at about 1/2 to 1/32 of the size (its channels from `encoder_channels`, else its attribute
+    `channels`, else a dry run on 64x64).
     interaction: "none", "fixed" (exchange without gates), "proxy" (the paper), "entropy", or "attention" (the
     paper's with cross-decoder attention before it).
     encoder_weights: a local file of encoder weights; nothing is ever downloaded.
-    image_mean, image_std: per channel, in units of 0..1; None takes ImageNet's for three channels, their average
-    otherwise. They are stored with the weights.
+    image_mean, image_std: per channel, in units of 0..1; None takes ImageNet's for three channels, their
+    average otherwise. They are stored with the weights.
     image_size is a note of the size trained at, and restricts nothing.
     Raises ValueError or TypeError naming the argument; UserError for an unusable file of weights.
     """
@@ -116,7 +119,11 @@ class BTINet(nn.Module):
         super().__init__()
         if interaction not in INTERACTIONS:
             raise ValueError(f"interaction: found {interaction!r}, needed one of {', '.join(INTERACTIONS)}")
-        for name, value in (("seg_classes", seg_classes), ("cls_classes", cls_classes), ("in_channels", in_channels)):
+        for name, value in (
+            ("seg_classes", seg_classes),
+            ("cls_classes", cls_classes),
+            ("in_channels", in_channels),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: found {value!r}, needed a whole number of at least 1")
         if not 0 <= dropout < 1:
@@ -211,7 +218,7 @@ class BTINet(nn.Module):
                 yield from exchange.gate_parameters()
 
     def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
-        """Writes weights (safetensors), configuration, class names and `metadata` (JSON) to one file, atomically.
+        """Writes weights (safetensors), configuration, class names and `metadata` (JSON), atomically.
 
         Raises UserError for an unwritable path, TypeError for metadata that JSON cannot hold.
         """
@@ -223,8 +230,8 @@ class BTINet(nn.Module):
     def load(cls, path: str | Path, *, encoder: nn.Module | None = None, **expected: Any) -> BTINet:
         """The network saved at `path`, in evaluation mode, with its `metadata` and `classes`.
 
-        `encoder` is needed where the saved network had one of its own. `expected` names settings that the file
-        must have (cls_classes=3, say). UserError naming the file where it is missing, truncated, not ours, or
+        `encoder` is needed where the saved network had one of its own. `expected` names settings that the
+        file must have (cls_classes=3, say). UserError naming the file where it is missing, truncated, not ours, or
         of another configuration.
         """
         stored = checkpoint.read(path)

@@ -71,7 +71,9 @@ def read(path: str | Path) -> Stored:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise UserError(f"{path}: not a BTINet checkpoint (format {header.get('format')!r}, needed {FORMAT!r})")
+                raise UserError(
+                    f"{path}: not a BTINet checkpoint (format {header.get('format')!r}, needed {FORMAT!r})"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as cause:
         raise UserError(f"{path}: damaged, truncated, or not a safetensors file ({cause})") from cause

@@ -1,4 +1,4 @@
-"""Turns a BTI-Net that the published TensorFlow code saved (.keras) into a BTINet; needs h5py, not TensorFlow."""
+"""Turns a BTI-Net that the published code saved (.keras) into a BTINet; needs h5py, not TensorFlow."""
 
 from __future__ import annotations
 
@@ -80,15 +80,15 @@ UPA = {
 
 
 def convert_file(source: str | Path, destination: str | Path, *, images_divided_twice: bool = False) -> None:
-    """Converts a .keras file to a BTINet checkpoint (safetensors). Errors as `convert`; UserError if unwritable."""
+    """Converts a .keras file to a BTINet checkpoint (safetensors); errors as `convert`."""
     convert(source, images_divided_twice=images_divided_twice).save(destination)
 
 
 def convert(path: str | Path, *, images_divided_twice: bool = False) -> BTINet:
     """The published network with the weights of a .keras file, in evaluation mode.
 
-    Any number of classes, any EfficientNet b0 to b7, with or without the encoder's last rescaling (the graph of
-    weights="imagenet" or weights=None). It takes images in 0..1, as BTINet does.
+    Any number of classes, any EfficientNet b0 to b7, with or without the encoder's last rescaling (the graph
+    of weights="imagenet" or weights=None). It takes images in 0..1, as BTINet does.
 
     images_divided_twice: the published loaders divide by 255 although the network does so too, so its encoder
     saw 1/255 of the contrast. True reproduces that, for weights trained that way.
@@ -109,7 +109,9 @@ class _Converter:
 
     def model(self) -> BTINet:
         if len(self.file.outputs) != 2:
-            raise UserError(f"{self.file.path}: found {len(self.file.outputs)} outputs, needed a mask and a diagnosis")
+            raise UserError(
+                f"{self.file.path}: found {len(self.file.outputs)} outputs, needed a mask and a diagnosis"
+            )
         seg_out = self.layer(self.file.outputs[0], "Conv2D", activation=("sigmoid", "softmax"))
         cls_out = self.layer(self.file.outputs[1], "Dense", activation="softmax")
         dropout = self.layer(cls_out.inputs[0], "Dropout")
@@ -154,14 +156,15 @@ class _Converter:
         _, s2, s3, s4, bridge = maps
         if pooled != [bridge, s4, s3, s2]:
             raise UserError(
-                f"{self.file.path}: layer {pooled[0]}: the class features read {pooled}, needed {[bridge, s4, s3, s2]}"
+                f"{self.file.path}: layer {pooled[0]}: the class features read {pooled}, "
+                f"needed {[bridge, s4, s3, s2]}"
             )
         return bridge, {"maps": [s2, s3, s4, bridge], "tokens": tokens}
 
     def level(
         self, level: DecoderLevel, tim: TaskInteraction, upa: UncertaintyProxyAttention, name: str
     ) -> tuple[str, str, str]:
-        """Fills one level from its last layer; returns the layers below, beside, and pooled for its features."""
+        """Fills one level from its last layer; returns the layers below, beside, and pooled for features."""
         upa_layer = self.layer(name, "UncertaintyProxyAttention")
         dropout_name, tim_name, features_name = upa_layer.inputs[:3]
         tim_layer = self.layer(tim_name, "TaskInteractionModule")
@@ -228,7 +231,9 @@ class _Converter:
                 deviation = np.maximum(np.sqrt(variance), 1e-7)
                 scale, offset = scale / deviation, (offset - mean) / deviation
             else:
-                raise UserError(f"{self.file.path}: layer {layer.name}: a {layer.kind} before the stem is not known")
+                raise UserError(
+                    f"{self.file.path}: layer {layer.name}: a {layer.kind} before the stem is not known"
+                )
         if not (np.isfinite(scale).all() and (scale > 0).all()):
             raise UserError(f"{self.file.path}: layer {chain[-1].name}: its scale {scale} is not positive")
         with torch.no_grad():
@@ -243,7 +248,9 @@ class _Converter:
         elif len(stored) >= 2:
             found = (stored[0], stored[1])
         else:
-            raise UserError(f"{self.file.path}: layer {layer.name}: has neither configured nor stored mean and variance")
+            raise UserError(
+                f"{self.file.path}: layer {layer.name}: has neither configured nor stored mean and variance"
+            )
         return np.ravel(found[0]).astype(np.float64), np.ravel(found[1]).astype(np.float64)
 
     def variant(self) -> str:
@@ -251,8 +258,8 @@ class _Converter:
         top = self.layer("top_conv", "Conv2D").config["filters"]
         if (len(blocks), top) not in VARIANTS:
             raise UserError(
-                f"{self.file.path}: layer top_conv: an encoder of {len(blocks)} blocks and {top} top channels "
-                "is not an EfficientNet b0 to b7"
+                f"{self.file.path}: layer top_conv: an encoder of {len(blocks)} blocks and {top} top "
+                "channels is not an EfficientNet b0 to b7"
             )
         return VARIANTS[len(blocks), top]
 
@@ -263,7 +270,9 @@ class _Converter:
         self.visited.add(inputs[0].name)
         shape = inputs[0].config.get("batch_shape") or inputs[0].config.get("batch_input_shape")
         if not shape or len(shape) != 4 or not shape[3]:
-            raise UserError(f"{self.file.path}: layer {inputs[0].name}: found shape {shape}, needed (B, H, W, channels)")
+            raise UserError(
+                f"{self.file.path}: layer {inputs[0].name}: found shape {shape}, needed (B, H, W, channels)"
+            )
         _, height, width, channels = shape
         if not height or not width:
             return 224, channels
@@ -288,7 +297,8 @@ class _Converter:
     def reads(self, layer: Layer, *names: str) -> None:
         if layer.inputs != names:
             raise UserError(
-                f"{self.file.path}: layer {layer.name}: reads {', '.join(layer.inputs)}, needed {', '.join(names)}"
+                f"{self.file.path}: layer {layer.name}: reads {', '.join(layer.inputs)}, "
+                f"needed {', '.join(names)}"
             )
 
     def fill(self, module: nn.Module, layer: Layer, inside: str = "") -> None:
@@ -298,7 +308,9 @@ class _Converter:
         except ValueError as cause:
             raise UserError(f"{self.file.path}: {cause}") from cause
 
-    def fill_parts(self, module: ResidualBlock | AttentionGate | nn.Module, layer: Layer, parts: dict[str, str]) -> None:
+    def fill_parts(
+        self, module: ResidualBlock | AttentionGate | nn.Module, layer: Layer, parts: dict[str, str]
+    ) -> None:
         modules = dict(module.named_modules())
         for ours, theirs in parts.items():
             if not isinstance(modules.get(ours, nn.Identity()), nn.Identity):
@@ -306,7 +318,11 @@ class _Converter:
 
     def refuse_the_unknown(self) -> None:
         for name in self.file.unread():
-            raise UserError(f"{self.file.path}: layer {name}: holds weights that the published network does not have")
+            raise UserError(
+                f"{self.file.path}: layer {name}: holds weights that the published network does not have"
+            )
         for name, layer in self.file.layers.items():
             if name not in self.visited and not ENCODER_LAYER.fullmatch(name):
-                raise UserError(f"{self.file.path}: layer {name}: a {layer.kind} that the published network does not have")
+                raise UserError(
+                    f"{self.file.path}: layer {name}: a {layer.kind} that the published network does not have"
+                )

@@ -20,8 +20,8 @@ TAPPED_STAGES = (1, 2, 3, 5)  # stages 2, 3, 4 and 6 of the paper, counted from 
 class EfficientNetEncoder(nn.Module):
     """EfficientNet b0 to b7 as the published code taps it (SPEC section 4).
 
-    image (B, Cin, H, W), any H and W -> five maps, finest first: the expanded activations of the first block of
-    stages 2, 3, 4, 6 and the top activation, at 1/2, 1/4, 1/8, 1/16, 1/32 of the size (rounded up).
+    image (B, Cin, H, W), any H and W -> five maps, finest first: the expanded activations of the first block
+    of stages 2, 3, 4, 6 and the top activation, at 1/2, 1/4, 1/8, 1/16, 1/32 of the size (rounded up).
     The layers are MONAI's; the paddings follow the actual input, as in Keras. Stochastic depth in training is
     the published one: a rate of 0.2·b/(number of blocks) at block b.
     Nothing is downloaded: weights start random.
@@ -53,7 +53,7 @@ class EfficientNetEncoder(nn.Module):
 class SamePaddingConv(nn.Conv2d):
     """A convolution of stride 2 padded for the size it is given, as the published encoder pads.
 
-    For kernel size k: k//2 - 1 before and k//2 after where the size is even, k//2 on both sides where it is odd.
+    For kernel size k: k//2 - 1 before and k//2 after where the size is even, k//2 on both sides where odd.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +91,9 @@ def _monai_efficientnet(name: str, in_channels: int) -> nn.Module:
     try:
         from monai.networks.nets import EfficientNetBN
     except Exception as cause:
-        raise UserError(f"encoder {name}: MONAI cannot be imported ({cause}); pip install 'monai>=1.3'") from cause
+        raise UserError(
+            f"encoder {name}: MONAI cannot be imported ({cause}); pip install 'monai>=1.3'"
+        ) from cause
     net = EfficientNetBN(name, pretrained=False, in_channels=in_channels)
     # What an encoder has no use for, and what _mobile_block does by itself.
     del net._fc, net._dropout, net._avg_pooling
@@ -116,7 +118,9 @@ def _same_padding(conv: nn.Conv2d) -> nn.Conv2d:
     return strided
 
 
-def feature_channels(encoder: nn.Module, in_channels: int, channels: Sequence[int] | None = None) -> tuple[int, ...]:
+def feature_channels(
+    encoder: nn.Module, in_channels: int, channels: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """The channels of an encoder's five maps: given, else its attribute `channels`, else seen in a dry run.
 
     ValueError where it does not return five maps (B, C, h, w), or where another number was given.
@@ -136,7 +140,9 @@ def _dry_run(encoder: nn.Module, in_channels: int) -> tuple[int, ...]:
     anchor = next(encoder.parameters(), torch.zeros(()))
     try:
         with torch.no_grad():
-            maps = encoder.eval()(torch.zeros(1, in_channels, 64, 64, device=anchor.device, dtype=anchor.dtype))
+            maps = encoder.eval()(
+                torch.zeros(1, in_channels, 64, 64, device=anchor.device, dtype=anchor.dtype)
+            )
     finally:
         encoder.train(training)
     check_maps(maps)
@@ -152,14 +158,16 @@ def check_maps(maps: object, channels: Sequence[int] | None = None) -> None:
         if feature.ndim != 4:
             raise ValueError(f"encoder map {level}: found shape {tuple(feature.shape)}, needed (B, C, h, w)")
         if channels is not None and feature.shape[1] != channels[level]:
-            raise ValueError(f"encoder map {level}: found {feature.shape[1]} channels, needed {channels[level]}")
+            raise ValueError(
+                f"encoder map {level}: found {feature.shape[1]} channels, needed {channels[level]}"
+            )
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
     """Fills an encoder from a local state dict: safetensors, or a torch file without code in it.
 
-    Takes the names of MONAI's EfficientNetBN, those of EfficientNet-PyTorch, and the encoder's own. A file for
-    three channels also serves one channel: the kernels of the first convolution are summed.
+    Takes the names of MONAI's EfficientNetBN, those of EfficientNet-PyTorch, and the encoder's own. A file
+    for three channels also serves one channel: the kernels of the first convolution are summed.
     UserError naming the file where it cannot be read or does not fit.
     """
     found = _read_state(Path(path))
@@ -173,7 +181,12 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
                 continue
             raise UserError(f"encoder weights {path}: {key} is missing")
         value = found[source]
-        if key.endswith("_conv_stem.weight") and value.ndim == 4 and value.shape[1] == 3 and tensor.shape[1] == 1:
+        if (
+            key.endswith("_conv_stem.weight")
+            and value.ndim == 4
+            and value.shape[1] == 3
+            and tensor.shape[1] == 1
+        ):
             value = value.sum(1, keepdim=True)
         if value.shape != tensor.shape:
             raise UserError(

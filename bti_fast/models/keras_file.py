@@ -37,13 +37,17 @@ class KerasFile:
         self.path = Path(path)
         config, weights = _read_members(self.path)
         if config.get("class_name") not in ("Functional", "Model"):
-            raise UserError(f"{self.path}: found a {config.get('class_name')!r} model, needed a functional Keras model")
+            raise UserError(
+                f"{self.path}: found a {config.get('class_name')!r} model, needed a functional Keras model"
+            )
         try:
             graph = config["config"]
             self.layers = {entry["config"]["name"]: _layer(entry) for entry in graph["layers"]}
             self.outputs = tuple(entry[0] for entry in _output_list(graph["output_layers"]))
         except (KeyError, TypeError, IndexError) as cause:
-            raise UserError(f"{self.path}: config.json does not describe a Keras graph ({cause!r})") from cause
+            raise UserError(
+                f"{self.path}: config.json does not describe a Keras graph ({cause!r})"
+            ) from cause
         self._arrays, names = _read_arrays(weights, self.path)
         self._groups = self._group_names() | names
         self._unread = set(self._arrays)
@@ -60,7 +64,9 @@ class KerasFile:
     def arrays(self, layer: str, inside: str = "") -> list[np.ndarray]:
         """The variables of a layer, or of the layer at the path `inside` it, in Keras' order."""
         prefix = "/".join(part for part in (self._groups[layer], inside, "vars") if part) + "/"
-        keys = sorted((k for k in self._arrays if k.startswith(prefix)), key=lambda k: int(k.rpartition("/")[2]))
+        keys = sorted(
+            (k for k in self._arrays if k.startswith(prefix)), key=lambda k: int(k.rpartition("/")[2])
+        )
         self._unread.difference_update(keys)
         return [self._arrays[k] for k in keys]
 
@@ -71,7 +77,7 @@ class KerasFile:
             yield owners.get(key.split("/")[0], key)
 
     def _group_names(self) -> dict[str, str]:
-        """Layer name -> its group in the weight file: the class in snake case, counted in the order of the graph.
+        """Layer name -> its group in the weight file: the class in snake case, counted in the graph's order.
 
         Older files do not state the names, and this is Keras' rule for them.
         """
@@ -127,7 +133,9 @@ def _read_arrays(weights: bytes, path: Path) -> tuple[dict[str, np.ndarray], dic
 
 def _layer(entry: dict[str, Any]) -> Layer:
     config = entry["config"]
-    return Layer(config["name"], entry["class_name"], config, tuple(_histories(entry.get("inbound_nodes", []))))
+    return Layer(
+        config["name"], entry["class_name"], config, tuple(_histories(entry.get("inbound_nodes", [])))
+    )
 
 
 def _histories(node: Any) -> Iterator[str]:
@@ -139,7 +147,12 @@ def _histories(node: Any) -> Iterator[str]:
         for value in node.values():
             yield from _histories(value)
     elif isinstance(node, list):
-        if len(node) >= 3 and isinstance(node[0], str) and isinstance(node[1], int) and isinstance(node[2], int):
+        if (
+            len(node) >= 3
+            and isinstance(node[0], str)
+            and isinstance(node[1], int)
+            and isinstance(node[2], int)
+        ):
             yield node[0]
             for extra in node[3:]:
                 yield from _histories(extra)
@@ -153,7 +166,7 @@ def _output_list(outputs: list[Any]) -> list[list[Any]]:
 
 
 def _snake_case(name: str) -> str:
-    """Keras' own rule: "Conv2DTranspose" -> "conv2d_transpose", "UncertaintyProxyAttention" -> three words."""
+    """Keras' own rule: "Conv2DTranspose" -> "conv2d_transpose"."""
     name = re.sub(r"\W+", "", name)
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()

@@ -7,27 +7,30 @@ from torch import Tensor
 
 
 def check_map(name: str, value: Tensor, channels: int) -> None:
-    """TypeError or ValueError unless `value` is a floating point (B, channels, *spatial), 1 to 3 spatial axes."""
+    """TypeError or ValueError unless `value` is floating point (B, channels, *spatial), 1 to 3 spatial axes."""
     _check_floating(name, value)
     if value.ndim not in (3, 4, 5) or value.shape[1] != channels:
         raise ValueError(
-            f"{name}: found shape {tuple(value.shape)}, needed (B, {channels}, *spatial) with 1 to 3 spatial axes"
+            f"{name}: found shape {tuple(value.shape)}, "
+            f"needed (B, {channels}, *spatial) with 1 to 3 spatial axes"
         )
 
 
 def check_features(name: str, value: Tensor, seg: Tensor, features: int, *, tokens: bool = False) -> None:
-    """TypeError or ValueError unless `value` is (B, features), or (B, M, features) where tokens are allowed."""
+    """TypeError or ValueError unless `value` is (B, features), or tokens (B, M, features) where allowed."""
     _check_floating(name, value)
     ranks = (2, 3) if tokens else (2,)
     if value.ndim not in ranks or value.shape[-1] != features or value.shape[0] != seg.shape[0]:
         also = f" or ({seg.shape[0]}, M, {features})" if tokens else ""
-        raise ValueError(f"{name}: found shape {tuple(value.shape)}, needed ({seg.shape[0]}, {features}){also}")
+        raise ValueError(
+            f"{name}: found shape {tuple(value.shape)}, needed ({seg.shape[0]}, {features}){also}"
+        )
     if value.device != seg.device:
         raise ValueError(f"{name}: found device {value.device}, needed {seg.device} like seg")
 
 
 def check_logits(name: str, value: Tensor, shape: tuple[int, ...], seg: Tensor) -> None:
-    """TypeError or ValueError unless `value` is a floating point tensor of exactly `shape`, on seg's device."""
+    """TypeError or ValueError unless `value` is floating point of exactly `shape`, on seg's device."""
     _check_floating(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{name}: found shape {tuple(value.shape)}, needed {shape}")

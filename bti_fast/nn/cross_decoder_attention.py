@@ -23,15 +23,21 @@ class CrossDecoderAttention(nn.Module):
     """Lets every position of a map and every class-side token read each other (SPEC 1.4), as a residual.
 
     seg (B, C, *spatial), 1 to 3 spatial axes; cls (B, F), or tokens (B, M, F). A vector is read as `tokens`
-    learned offsets of itself, and receives the mean of what they read. Both residuals are scaled by a gate that
-    starts at zero: put into a trained network, the module changes nothing at first.
+    learned offsets of itself, and receives the mean of what they read. Both residuals are scaled by a gate
+    that starts at zero: put into a trained network, the module changes nothing at first.
     Masks are boolean, True takes part: seg_mask (B, *spatial), cls_mask (B, M). The normalisation of the map
     runs over all of it, masked positions included.
     Source: SPEC section 1.4 and 3; LightGlue's shared query and key, GLIP's bidirectional attention.
     """
 
     def __init__(
-        self, seg_channels: int, cls_features: int = 256, heads: int = 4, head_dim: int = 32, *, tokens: int = 8
+        self,
+        seg_channels: int,
+        cls_features: int = 256,
+        heads: int = 4,
+        head_dim: int = 32,
+        *,
+        tokens: int = 8,
     ) -> None:
         super().__init__()
         for name, value in (("heads", heads), ("head_dim", head_dim), ("tokens", tokens)):
@@ -64,7 +70,8 @@ class CrossDecoderAttention(nn.Module):
         # [B, h, N, d] as a view: the map stays channel-major in memory
         q, v_q = (t.unflatten(1, (self.heads, -1)).transpose(2, 3) for t in dense.chunk(2, 1))
         k, v_k = (
-            t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.cls_in(self.cls_norm(tokens)).chunk(2, 2)
+            t.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for t in self.cls_in(self.cls_norm(tokens)).chunk(2, 2)
         )  # [B, h, M, d]
         read = ops.cross_attention(
             q,

@@ -18,8 +18,8 @@ class GatedInteractionOutput(NamedTuple):
     """What an interaction returns.
 
     seg and cls in the shapes of the inputs; gates (B, 2) = [w_seg, w_cls] in [0, 1]; uncertainty: the three
-    signals (B, 3), or the entropy map (B, *spatial), or None; seg_logits (B, K, *spatial) and cls_logits (B, L)
-    are the module's own auxiliary logits, or None.
+    signals (B, 3), or the entropy map (B, *spatial), or None; seg_logits (B, K, *spatial) and cls_logits
+    (B, L) are the module's own auxiliary logits, or None.
     """
 
     seg: Tensor
@@ -136,7 +136,11 @@ class GatedInteraction(nn.Module):
         vector = cls.mean(1) if cls.ndim == 3 else cls  # [B, F]
         if self.uncertainty == "proxy":
             seg_out, vector_out, gates, signals = ops.task_interaction(
-                seg, vector, operator_weights(self.tim, self.upa), tau=self.tau, training=self.tim.s2c_bn.training
+                seg,
+                vector,
+                operator_weights(self.tim, self.upa),
+                tau=self.tau,
+                training=self.tim.s2c_bn.training,
             )
             auxiliary = (None, None)
         else:
@@ -157,7 +161,9 @@ class GatedInteraction(nn.Module):
             check_logits("seg_logits", seg_logits, (seg.shape[0], self.seg_classes, *seg.shape[2:]), seg)
         if cls_logits is None:
             if self.cls_head is None:
-                raise ValueError("cls_logits: found None, needed logits (B, L) or cls_classes at construction")
+                raise ValueError(
+                    "cls_logits: found None, needed logits (B, L) or cls_classes at construction"
+                )
             cls_logits = own_cls = self.cls_head(cls)
         elif self.cls_classes is not None:
             check_logits("cls_logits", cls_logits, (seg.shape[0], self.cls_classes), seg)

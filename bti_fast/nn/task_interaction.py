@@ -29,7 +29,7 @@ class TaskInteractionOutput(NamedTuple):
 
 
 class UncertaintyProxyOutput(NamedTuple):
-    """Gated features, gates (B, 2) = [w_seg, w_cls] and signals (B, 3) = [alignment, complexity, confidence]."""
+    """Gated features, gates (B, 2) = [w_seg, w_cls], signals (B, 3) = [alignment, complexity, confidence]."""
 
     seg: Tensor
     cls: Tensor
@@ -51,7 +51,9 @@ class TaskInteraction(nn.Module):
         self.seg_channels = seg_channels
         self.cls_features = cls_features
         self.tau = tau
-        self.s2c_conv = nn.Linear(seg_channels, seg_channels // 2)  # applied at every position: a 1x1 convolution
+        self.s2c_conv = nn.Linear(
+            seg_channels, seg_channels // 2
+        )  # applied at every position: a 1x1 convolution
         self.s2c_fc = nn.Linear(seg_channels // 2, cls_features)
         self.s2c_bn = nn.BatchNorm1d(cls_features, eps=BN_EPS, momentum=BN_MOMENTUM)
         self.clf_gate = nn.Linear(cls_features, cls_features)
@@ -74,7 +76,7 @@ class UncertaintyProxyAttention(nn.Module):
     """Scales what the exchange changed by two gates computed from three proxies of uncertainty (UPA).
 
     seg_base, seg_enhanced (B, C, *spatial), 1 to 3 spatial axes; cls_base, cls_enhanced (B, F).
-    Scene complexity is zero where the rows (second to last axis; the only axis of a sequence) are fewer than 8.
+    Scene complexity is zero where the rows (second to last axis; the only one of a sequence) are fewer than 8.
     """
 
     def __init__(self, seg_channels: int, cls_features: int = 256) -> None:
@@ -155,7 +157,9 @@ def _over_positions(v: Tensor, like: Tensor) -> Tensor:
     return v.reshape(*v.shape, *([1] * (like.ndim - 2)))
 
 
-def _cosine(a: Tensor, b: Tensor) -> Tensor:  # [B, D], [B, D] -> [B]; zero vectors give zero, as l2_normalize does
+def _cosine(
+    a: Tensor, b: Tensor
+) -> Tensor:  # [B, D], [B, D] -> [B]; zero vectors give zero, as l2_normalize does
     a = a.to(torch.promote_types(a.dtype, torch.float32))
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     a_norm = a * (a * a).sum(1, keepdim=True).clamp_min(1e-12).rsqrt()

@@ -94,7 +94,9 @@ def test_whole_network_matches_the_published_code(converted, expected, images):
         out = model(torch.from_numpy(expected["x255"]).float() / 255)
     seen["seg"], seen["clf"] = out.seg_logits.sigmoid(), out.cls_logits.softmax(1)
     seen |= {f"gate.d{i}": gates for i, gates in enumerate(out.gates, start=1)}
-    recorded = {k.removeprefix(f"{images}."): expected[k] for k in expected.files if k.startswith(f"{images}.")}
+    recorded = {
+        k.removeprefix(f"{images}."): expected[k] for k in expected.files if k.startswith(f"{images}.")
+    }
     recorded.pop("stat.enc.stem", None)  # not one of the five maps
     errors = {name: error(seen[name], truth) for name, truth in recorded.items()}
     assert len(errors) >= 14

@@ -29,7 +29,9 @@ class Golden:
             keys = [f"w.{name}.{v.name}" for v in keras_layout.variables(layer)]
             keras_layout.assign(layer, [self.arrays[k] for k in keys], name)
 
-    def weight_gradient_errors(self, layers: dict[str, nn.Module], prefix: str = "grad_w") -> dict[str, float]:
+    def weight_gradient_errors(
+        self, layers: dict[str, nn.Module], prefix: str = "grad_w"
+    ) -> dict[str, float]:
         """Relative error of every recorded weight gradient."""
         errors = {}
         for name, layer in layers.items():

@@ -29,7 +29,9 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_matches_the_published_code(shared_dir, name, memory_format):
     golden = Golden(shared_dir / "golden" / f"{name}.npz")

@@ -21,7 +21,9 @@ def by_hand(module, seg, tokens, seg_mask=None, cls_mask=None):
     """The residual changes of map and tokens, token-major, with the similarity written out."""
     batch, channels = seg.shape[:2]
     x = module.seg_norm(seg).flatten(2).transpose(1, 2)  # [B, N, C]
-    t = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], module.cls_norm.weight, module.cls_norm.bias)
+    t = torch.nn.functional.layer_norm(
+        tokens, tokens.shape[-1:], module.cls_norm.weight, module.cls_norm.bias
+    )
     q, v_q = (x @ module.seg_in.weight.T + module.seg_in.bias).chunk(2, -1)
     k, v_k = (t @ module.cls_in.weight.T + module.cls_in.bias).chunk(2, -1)
     heads = module.heads
@@ -87,7 +89,9 @@ def test_changes_nothing_at_first_and_gradient_reaches_every_parameter(shape, cl
     assert silent == unused
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
 def test_the_dense_side_reaches_the_operator_as_a_view(monkeypatch, memory_format):
     """Query and value share one storage with the projection of the map: no copy into another layout."""
     seen = {}

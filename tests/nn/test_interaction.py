@@ -220,7 +220,12 @@ def test_compiles_without_a_graph_break(kind, training):
 @pytest.mark.parametrize(
     ("kind", "arguments", "error", "message"),
     [
-        ("proxy", (torch.zeros(2, 5, 8, 8), torch.zeros(2, 10)), ValueError, r"seg: found shape \(2, 5, 8, 8\)"),
+        (
+            "proxy",
+            (torch.zeros(2, 5, 8, 8), torch.zeros(2, 10)),
+            ValueError,
+            r"seg: found shape \(2, 5, 8, 8\)",
+        ),
         ("proxy", (torch.zeros(2, 6, 8, 8), torch.zeros(2, 3, 10)), ValueError, "cls: found shape"),
         ("proxy", (torch.zeros(2, 6, 8, 8).long(), torch.zeros(2, 10)), TypeError, "seg: found torch.int64"),
         (
@@ -253,7 +258,10 @@ def test_entropy_without_class_logits_needs_to_know_the_classes():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"uncertainty": "dropout"}, "uncertainty: found 'dropout'"), ({"attention_heads": -1}, "attention_heads")],
+    [
+        ({"uncertainty": "dropout"}, "uncertainty: found 'dropout'"),
+        ({"attention_heads": -1}, "attention_heads"),
+    ],
 )
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

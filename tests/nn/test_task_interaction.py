@@ -13,7 +13,10 @@ SIZES = {"tim_upa_c48_28x28": (48, 256), "tim_upa_c384_14x14": (384, 256), "tim_
 
 def load(shared_dir, name, channels, features):
     golden = Golden(shared_dir / "golden" / f"{name}.npz")
-    tim, upa = TaskInteraction(channels, features).eval(), UncertaintyProxyAttention(channels, features).eval()
+    tim, upa = (
+        TaskInteraction(channels, features).eval(),
+        UncertaintyProxyAttention(channels, features).eval(),
+    )
     layers = {f"tim.{k}": v for k, v in keras_layers(tim).items()}
     layers |= {f"upa.{k}": v for k, v in keras_layers(upa).items()}
     golden.fill({k: v for k, v in layers.items() if any(a.startswith(f"w.{k}.") for a in golden.arrays)})
@@ -151,9 +154,19 @@ def test_operator_equals_the_parts_at_every_rank(shape, training):
 @pytest.mark.parametrize(
     ("seg", "cls", "error", "message"),
     [
-        (torch.zeros(2, 5, 8, 8), torch.zeros(2, 4), ValueError, r"seg: found shape \(2, 5, 8, 8\), needed \(B, 6"),
+        (
+            torch.zeros(2, 5, 8, 8),
+            torch.zeros(2, 4),
+            ValueError,
+            r"seg: found shape \(2, 5, 8, 8\), needed \(B, 6",
+        ),
         (torch.zeros(2, 6), torch.zeros(2, 4), ValueError, r"seg: found shape \(2, 6\)"),
-        (torch.zeros(2, 6, 8, 8), torch.zeros(3, 4), ValueError, r"cls: found shape \(3, 4\), needed \(2, 4\)"),
+        (
+            torch.zeros(2, 6, 8, 8),
+            torch.zeros(3, 4),
+            ValueError,
+            r"cls: found shape \(3, 4\), needed \(2, 4\)",
+        ),
         (torch.zeros(2, 6, 8, 8, dtype=torch.int32), torch.zeros(2, 4), TypeError, "seg: found torch.int32"),
         (torch.zeros(2, 6, 8, 8), [0.0], TypeError, "cls: found list"),
     ],
