@@ -43,6 +43,18 @@ def test_flat_images_resemble_only_their_equals(tmp_path):
     assert near_duplicate_groups(cases) == [("a", "c")]
 
 
+def test_rounding_noise_on_flat_images_is_no_resemblance():
+    noise = np.random.default_rng(0).standard_normal((32, 32))
+    prints = [
+        Fingerprint(np.float32(0.5 + scale * noise), bytes([i])) for i, scale in enumerate((1e-6, 2e-6))
+    ]
+    assert pairs_of_fingerprints(["a", "b"], prints) == []
+    visible = [
+        Fingerprint(np.float32(0.5 + scale * noise), bytes([i])) for i, scale in enumerate((1e-3, 2e-3))
+    ]
+    assert len(pairs_of_fingerprints(["a", "b"], visible)) == 1
+
+
 def test_unreadable_images_are_left_out(tmp_path):
     cases = cases_of(tmp_path, a=texture(0), b=texture(0), c=texture(0))
     cases[1].image.write_bytes(b"")

@@ -87,12 +87,18 @@ def test_palette_and_one_bit(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "1.png", 1)[0], (grey > 127).astype(np.float32))
 
 
-def test_exif_orientation_is_applied(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(
+    ("tag", "upright"),
+    [(1, lambda a: a), (3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)), (8, np.rot90)],
+)
+def test_exif_orientation_is_applied(tmp_path, suffix, tag, upright):
     grey = texture(4)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show rotated by 90 degrees clockwise
-    Image.fromarray(grey).save(tmp_path / "a.tif", exif=exif)
-    np.testing.assert_array_equal(np.rint(read_image(tmp_path / "a.tif", 1)[0] * 255), np.rot90(grey, -1))
+    exif[0x0112] = tag
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(grey).save(path, exif=exif)
+    np.testing.assert_array_equal(np.rint(read_image(path, 1)[0] * 255), upright(grey))
 
 
 def test_masks_of_255_one_bit_and_01_agree(tmp_path):

@@ -76,6 +76,16 @@ def test_fractions_are_met_in_every_class(policy):
         assert [count[label] for label in "abc"] == [200 * share, 100 * share, 20 * share]
 
 
+def test_a_rare_class_in_large_groups_is_shared_out_too():
+    """Four patients of five images each hold all of class b, beside two hundred single images of class a."""
+    cases = cases_with("a" * 200 + "b" * 20, [None] * 200 + [f"p{i // 5}" for i in range(20)])
+    for seed in range(10):
+        split = split_without_images(index_of(cases), fractions=(0.5, 0.25, 0.25), seed=seed)
+        count = {name: Counter(case.label for case in part) for name, part in split.items()}
+        assert [count[name]["b"] for name in ("train", "val", "test")] == [10, 5, 5]
+        assert [count[name]["a"] for name in ("train", "val", "test")] == [100, 50, 50]
+
+
 def test_order_on_disk_does_not_matter_and_the_seed_does():
     cases = cases_with("ab" * 30)
     shuffled = random.Random(0).sample(cases, len(cases))
