@@ -3,11 +3,22 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <tuple>
+#include <vector>
+
 namespace bti_fast {
 
 using torch::stable::Tensor;
 
 Tensor entropy_uncertainty(const Tensor& logits);
 Tensor entropy_uncertainty_backward(const Tensor& grad_u, const Tensor& logits);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_fusion(const Tensor& x, const Tensor& seg_logits, const Tensor& prior,
+                                                        const Tensor& cls_uncertainty, const Tensor& coeffs,
+                                                        double tau);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_fusion_backward(
+    const Tensor& grad_x, const Tensor& grad_pooled, const Tensor& grad_mean, const Tensor& grad_u, const Tensor& x,
+    const Tensor& seg_logits, const Tensor& prior, const Tensor& cls_uncertainty, const Tensor& coeffs,
+    const Tensor& pooled, const Tensor& mean_uncertainty, double tau);
 
 }  // namespace bti_fast

@@ -7,9 +7,18 @@
 STABLE_TORCH_LIBRARY(bti_fast_cpu, m) {
   m.def("entropy_uncertainty(Tensor logits) -> Tensor");
   m.def("entropy_uncertainty_backward(Tensor grad_u, Tensor logits) -> Tensor");
+  m.def(
+      "gated_fusion(Tensor x, Tensor seg_logits, Tensor prior, Tensor cls_uncertainty, Tensor coeffs, float tau)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_fusion_backward(Tensor grad_x, Tensor grad_pooled, Tensor grad_mean, Tensor grad_u, Tensor x,"
+      " Tensor seg_logits, Tensor prior, Tensor cls_uncertainty, Tensor coeffs, Tensor pooled,"
+      " Tensor mean_uncertainty, float tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
   m.impl("entropy_uncertainty", TORCH_BOX(&bti_fast::entropy_uncertainty));
   m.impl("entropy_uncertainty_backward", TORCH_BOX(&bti_fast::entropy_uncertainty_backward));
+  m.impl("gated_fusion", TORCH_BOX(&bti_fast::gated_fusion));
+  m.impl("gated_fusion_backward", TORCH_BOX(&bti_fast::gated_fusion_backward));
 }

@@ -1,0 +1,52 @@
+// Loads and stores of the first n lanes, lane masks, horizontal sums and sigmoid (kernels only).
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/vec.h"
+
+namespace bti_fast {
+namespace BTI_FAST_ISA {
+
+using Yes = std::true_type;
+using No = std::false_type;
+
+// The first n of all lanes from consecutive elements, zero in the others.
+template <typename T>
+BTI_FAST_INLINE VecF load_first(const T* p, int n) {
+  return n >= VecOf<float>::lanes ? load_dense(p) : load<false>(p, 1, n);
+}
+template <typename T>
+BTI_FAST_INLINE void store_first(VecF v, T* p, int n) {
+  if (n >= VecOf<float>::lanes) {
+    store_dense(v, p);
+  } else {
+    store<false>(v, p, 1, n);
+  }
+}
+
+// All bits set in the first n lanes.
+BTI_FAST_INLINE VecI first_lanes(int n) {
+  VecI lane;
+  for (int i = 0; i < VecOf<float>::lanes; ++i) lane[i] = i;
+  return lane < n;
+}
+
+// v where the mask is set, zero (also for NaN) elsewhere.
+BTI_FAST_INLINE VecF keep(VecI mask, VecF v) { return bits_as<VecF>(bits_as<VecI>(v) & mask); }
+
+BTI_FAST_INLINE float sum(VecF v) {
+  float lane[VecOf<float>::lanes];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int half = VecOf<float>::lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+BTI_FAST_INLINE VecF sigmoid(VecF x) {
+  const VecF e = exp_nonpositive(-abs(x));
+  return (x < 0 ? e : splat<VecF>(1.0f)) / (1 + e);
+}
+
+}  // namespace BTI_FAST_ISA
+}  // namespace bti_fast
