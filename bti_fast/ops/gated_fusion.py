@@ -7,7 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bti_fast.ops.backends import narrower_than_float64, reference_backend, triton_backend
+from bti_fast.ops.backends import (
+    compiled_backend,
+    narrower_than_float64,
+    reference_backend,
+    triton_backend,
+)
 from bti_fast.ops.checks import check_device, check_map, check_shape, check_tau, check_tensor
 from bti_fast.ops.dispatch import Operator, like
 from bti_fast.reference import gated_fusion as reference
@@ -65,6 +70,7 @@ OPERATOR = Operator(
     differentiable=4,
 )
 OPERATOR.add(reference_backend(_reference_forward, _reference_backward))
+OPERATOR.add(compiled_backend("cpu", "gated_fusion", narrower_than_float64))
 OPERATOR.add(triton_backend("gated_fusion", narrower_than_float64))
 
 
