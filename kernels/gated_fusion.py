@@ -1,8 +1,9 @@
-"""Triton kernels of gated_fusion: entropy, gate, modulation and weighted pooling in one pass over x. SPEC 1.2.
+"""Triton kernels of gated_fusion: entropy, gate, modulation and weighted pooling, x read once. SPEC 1.2.
 
-A program owns all channels of BLOCK_P positions of one sample. It reads their logits once, turns them into entropy
-and gate in registers, then walks the channels: read x, write x', and leave one partial pooling sum per channel. The
-backward pass walks x and grad x' in the same way. A second small kernel adds the partial sums in a fixed order.
+A program owns all channels of BLOCK_P positions of one sample. It reads their logits once, turns them into
+entropy and gate in registers, then walks the channels: read x, write x', and leave one partial pooling sum
+per channel. The backward pass walks x and grad x' in the same way. A second small kernel adds the partial
+sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -114,12 +115,8 @@ def forward_kernel(
         c = start + tl.arange(0, BLOCK_C)
         known = c < CHANNELS
         mask = known[:, None] & inside[None, :]
-        at = map_offsets(
-            b, c[:, None], p[None, :], size2, size3, xb, xc, x1, x2, x3, X_FORMAT, X_ALIGN
-        )
-        to = map_offsets(
-            b, c[:, None], p[None, :], size2, size3, ob, oc, o1, o2, o3, O_FORMAT, O_ALIGN
-        )
+        at = map_offsets(b, c[:, None], p[None, :], size2, size3, xb, xc, x1, x2, x3, X_FORMAT, X_ALIGN)
+        to = map_offsets(b, c[:, None], p[None, :], size2, size3, ob, oc, o1, o2, o3, O_FORMAT, O_ALIGN)
         v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         known_prior = tl.load(prior + b * CHANNELS + c, mask=known, other=0.0).to(tl.float32)
         out = v * (1.0 + gate[None, :] * known_prior[:, None])
@@ -274,15 +271,9 @@ def backward_kernel(
         c = start + tl.arange(0, BLOCK_C)
         known = c < CHANNELS
         mask = known[:, None] & inside[None, :]
-        at = map_offsets(
-            b, c[:, None], p[None, :], size2, size3, xb, xc, x1, x2, x3, X_FORMAT, X_ALIGN
-        )
-        grad_at = map_offsets(
-            b, c[:, None], p[None, :], size2, size3, gb, gc, g1, g2, g3, G_FORMAT, G_ALIGN
-        )
-        to = map_offsets(
-            b, c[:, None], p[None, :], size2, size3, ob, oc, o1, o2, o3, O_FORMAT, O_ALIGN
-        )
+        at = map_offsets(b, c[:, None], p[None, :], size2, size3, xb, xc, x1, x2, x3, X_FORMAT, X_ALIGN)
+        grad_at = map_offsets(b, c[:, None], p[None, :], size2, size3, gb, gc, g1, g2, g3, G_FORMAT, G_ALIGN)
+        to = map_offsets(b, c[:, None], p[None, :], size2, size3, ob, oc, o1, o2, o3, O_FORMAT, O_ALIGN)
         v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_out + grad_at, mask=mask, other=0.0).to(tl.float32)
         known_prior = tau * tl.load(prior + b * CHANNELS + c, mask=known, other=0.0).to(tl.float32)
@@ -376,8 +367,8 @@ def backward_finish_kernel(
         tl.store(grad_prior + b * prior_sb + c * prior_sc, out, mask=known)
         if block == 0:
             beta = tl.load(coeffs + 1).to(tl.float32)
-            out = narrow(-beta * tl.sum(gate, 0), grad_doubt.dtype.element_ty, INTERPRET)
-            tl.store(grad_doubt + b * doubt_sb, out)
+            value = narrow(-beta * tl.sum(gate, 0), grad_doubt.dtype.element_ty, INTERPRET)
+            tl.store(grad_doubt + b * doubt_sb, value)
 
 
 def gated_fusion(
@@ -388,7 +379,7 @@ def gated_fusion(
     coeffs: Tensor,  # (3,)
     tau: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x' like x, pooled (B, C), mean uncertainty (B,) and uncertainty (B, *spatial), the last three float32."""
+    """x' like x; pooled (B, C), mean uncertainty (B,) and uncertainty (B, *spatial) in float32."""
     batch, channels = x.shape[:2]
     positions = positions_of(x)
     x_out = torch.empty_like(x)
@@ -478,7 +469,7 @@ def gated_fusion_backward(
     prior, cls_uncertainty, coeffs = (value.contiguous() for value in small)
     maps = [(grad_x_out, True), (grad_u, False), (x, True), (seg_logits, True), (grad_x, True)]
     size2, size3, (mg, mu, mx, ml, mo, mm) = maps_of([*maps, (grad_logits, True)])
-    block_c, block_p = tile_shape(x, mx.format == LAST.value, elements=4096)
+    block_c, block_p = tile_shape(x, mx.format == LAST.value, elements=2048)
     tiles = triton.cdiv(positions, block_p)
     classes = seg_logits.shape[1]
     partial = x.new_empty((batch, tiles, channels), dtype=torch.float32)

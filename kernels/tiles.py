@@ -1,7 +1,7 @@
 """Where a tile of a feature map lies in memory, for any strides; and what all tiled kernels share.
 
-A map (B, C, *spatial) is seen as channels times P positions of one sample. A tensor whose positions follow each other
-in memory is in format PLANES, one whose channels do is in format LAST (channels_last), every other one in format ANY.
+A map (B, C, *spatial) is seen as channels times P positions of one sample. A tensor whose positions follow
+each other in memory is in format PLANES, one whose channels do in LAST (channels_last), any other in ANY.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MULTIPROCESSORS = 132
 def map_offsets(b, c, p, size2, size3, sb, sc, s1, s2, s3, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
     """Offsets of channels c at positions p of sample b, in the shape that c and p broadcast to.
 
-    The strides of formats PLANES and LAST come divided by ALIGN; multiplying them here tells the compiler what the
-    wide loads may rely on. size2 and size3 are the two last of three spatial axes.
+    The strides of formats PLANES and LAST come divided by ALIGN; multiplying them here tells the compiler
+    what wide loads may rely on. size2 and size3 are the two last of three spatial axes.
     """
     if FORMAT == PLANES:
         return b * (sb * ALIGN) + c * (sc * ALIGN) + p
@@ -42,7 +42,7 @@ def map_offsets(b, c, p, size2, size3, sb, sc, s1, s2, s3, FORMAT: tl.constexpr,
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """value (float32) in dtype, rounded to nearest even also where Triton's interpreter would cut bfloat16 off."""
+    """value (float32) in dtype, rounded to nearest even; Triton's interpreter alone would cut bfloat16 off."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         even = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -65,7 +65,7 @@ def divisor(*values: int) -> int:
 
 @dataclass(frozen=True)
 class Map:
-    """How a kernel addresses one tensor: the five strides that map_offsets takes, its format and its alignment."""
+    """How a kernel addresses one tensor: the strides, format and alignment that map_offsets takes."""
 
     strides: tuple[int, int, int, int, int]
     format: int
@@ -79,7 +79,7 @@ class Map:
 
 
 def maps_of(tensors: list[tuple[Tensor, bool]]) -> tuple[int, int, list[Map]]:
-    """(size2, size3, one Map per tensor) of (tensor, whether it has the channel axis 1), equal in all other axes.
+    """(size2, size3, one Map per tensor) of (tensor, whether it has axis 1), equal in all other axes.
 
     Spatial axes are merged wherever every tensor allows it, so that dense maps have one.
     """
