@@ -282,7 +282,12 @@ def build(plan: Plan, package: Path) -> None:
     ]  # fmt: skip
     if plan.cuda:
         configure.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
-    subprocess.run(configure, check=True)
     jobs = compile_jobs(plan.cuda)
-    subprocess.run([cmake, "--build", str(folder), "--parallel", str(jobs)], check=True)
-    subprocess.run([cmake, "--install", str(folder), "--prefix", str(package)], check=True)
+    compiling = [cmake, "--build", str(folder), "--parallel", str(jobs)]
+    for command in (configure, compiling, [cmake, "--install", str(folder), "--prefix", str(package)]):
+        status = subprocess.run(command).returncode
+        if status:
+            raise BuildError(
+                f"{' '.join(command[:3])} failed (status {status}, its messages are above); "
+                "BTI_FAST_BUILD=0 installs without compiled operators"
+            )
