@@ -113,9 +113,11 @@ def settings(config: type, values: Namespace) -> Any:
 
 
 def run_train(values: Namespace) -> int:
+    config, resume = settings(TrainConfig, values), values.resume is not None
+    if not resume:
+        config.checked()  # before the seconds that torch and Lightning take to import
     from bti_fast.engine.train import train
 
-    config, resume = settings(TrainConfig, values), values.resume is not None
     if values.resume:
         if config.out is not None and Path(config.out) != Path(values.resume):
             raise UserError(
@@ -133,16 +135,18 @@ def run_train(values: Namespace) -> int:
 
 
 def run_evaluate(values: Namespace) -> int:
+    config = settings(EvaluateConfig, values).checked()
     from bti_fast.engine.evaluate import evaluate
 
-    evaluate(settings(EvaluateConfig, values))
+    evaluate(config)
     return 0
 
 
 def run_predict(values: Namespace) -> int:
+    config = settings(PredictConfig, values).checked()
     from bti_fast.engine.predict import predict
 
-    predict(settings(PredictConfig, values))
+    predict(config)
     return 0
 
 

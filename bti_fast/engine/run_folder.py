@@ -103,7 +103,8 @@ def load_model(path: Path, encoder: Any = None) -> Any:
 
     with open(path, "rb") as file:
         head = file.read(16)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    # safetensors starts with the length of its header, eight bytes of any value, and the header with "{".
+    if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
         raise UserError(
             f"{path}: a pickle (which may hold code and is not run), not a safetensors checkpoint"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bti_fast.engine import recorder
+from bti_fast.data import make_phantoms
+from bti_fast.engine import recorder, train
 from bti_fast.engine.state import load_state
 from bti_fast.errors import UserError
 from tests.engine.tiny import TinyEncoder, tiny_config, tiny_train
@@ -36,12 +38,23 @@ def assert_same_run(run: Path, whole: Path) -> None:
 
 def history(run: Path) -> list[dict[str, str]]:
     with open(run / "metrics.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+        return [
+            {key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)
+        ]
 
 
 def killed(data: Path, out: Path, kill_at: int, *more: str) -> None:
     """Trains in a process of its own that SIGKILL ends at its `kill_at`-th training batch."""
-    command = [sys.executable, "-m", "tests.engine.tiny", str(data), str(out), "--kill-at", str(kill_at), *more]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.engine.tiny",
+        str(data),
+        str(out),
+        "--kill-at",
+        str(kill_at),
+        *more,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -52,7 +65,9 @@ def test_killed_in_both_stages(phantoms: Path, finished_run: Path, tmp_path: Pat
     killed(phantoms, run, BATCHES + 2)  # second batch of stage 1's second epoch
     state = load_state(run)
     assert (state["stage"], state["epoch"]) == (1, 1)
-    killed(phantoms, run, BATCHES + BATCHES + 2, "--resume")  # the rest of stage 1, then stage 2's second epoch
+    killed(
+        phantoms, run, BATCHES + BATCHES + 2, "--resume"
+    )  # the rest of stage 1, then stage 2's second epoch
     state = load_state(run)
     assert (state["stage"], state["epoch"]) == (2, 1)
     text = tiny_train(phantoms, run, resume=True)
@@ -61,7 +76,7 @@ def test_killed_in_both_stages(phantoms: Path, finished_run: Path, tmp_path: Pat
     assert (run / "report.html").is_file()
 
 
-@pytest.mark.parametrize("at", [1, BATCHES, BATCHES + 1, 2 * BATCHES + 1])
+@pytest.mark.parametrize("at", [1, 2 * BATCHES + 1])
 def test_interrupted_anywhere(phantoms: Path, finished_run: Path, tmp_path: Path, at: int) -> None:
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
@@ -93,10 +108,8 @@ def test_interrupted_while_writing(
 
 def test_another_seed_gives_other_weights(phantoms: Path, finished_run: Path, tmp_path: Path) -> None:
     """The comparison above would notice a difference."""
-    tiny_train(phantoms, tmp_path / "run", seed=1, gate_epochs=0)
-    ours, theirs = (load_file(run / "checkpoints" / "stage1-epoch0001.safetensors") if
-                    (run / "checkpoints" / "stage1-epoch0001.safetensors").exists() else
-                    load_file(run / "model.safetensors") for run in (tmp_path / "run", finished_run))
+    tiny_train(phantoms, tmp_path / "run", seed=1, epochs=1, gate_epochs=0)
+    ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path / "run", finished_run))
     assert any(not torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -122,10 +135,6 @@ def test_resume_without_a_run(phantoms: Path, tmp_path: Path) -> None:
 
 
 def test_resume_with_data_changed(phantoms: Path, finished_run: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from bti_fast.data import make_phantoms
-
     run = tmp_path / "run"
     run.mkdir()
     for name in ("config.yaml", "split.csv"):
@@ -134,6 +143,4 @@ def test_resume_with_data_changed(phantoms: Path, finished_run: Path, tmp_path: 
     config = (run / "config.yaml").read_text().replace(str(phantoms), str(fewer))
     (run / "config.yaml").write_text(config)
     with pytest.raises(UserError, match="lacks 12 of the run's 18 cases"):
-        from bti_fast.engine import train
-
         train(tiny_config(fewer, run), resume=True, encoder=TinyEncoder())

@@ -1,6 +1,7 @@
-"""The smallest network and run that still have every part, for tests that train. Run as a script, it trains once.
+"""The smallest network and run that still have every part, for tests that train. Run as a script, it trains
+once.
 
-    python -m tests.engine.tiny DATA RUN [--resume] [--kill-at N]
+python -m tests.engine.tiny DATA RUN [--resume] [--kill-at N]
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def tiny_config(data: Path, out: Path, **changes: object) -> TrainConfig:
     return TrainConfig(data=str(data), out=str(out), **{**defaults, **changes})
 
 
-def tiny_train(data: Path, out: Path, *, resume: bool = False, encoder: nn.Module | None = None, **changes) -> str:
+def tiny_train(
+    data: Path, out: Path, *, resume: bool = False, encoder: nn.Module | None = None, **changes
+) -> str:
     """Trains a tiny run and returns what it printed."""
     console = Console(file=io.StringIO(), width=200)
     config = tiny_config(data, out, **changes)
