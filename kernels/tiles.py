@@ -42,7 +42,7 @@ def map_offsets(b, c, p, size2, size3, sb, sc, s1, s2, s3, FORMAT: tl.constexpr,
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """value (float32) in dtype, rounded to nearest even; Triton's interpreter alone would cut bfloat16 off."""
+    """value (float32) in dtype, rounded to nearest even; the interpreter alone would cut bfloat16 off."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         even = bits + 0x7FFF + ((bits >> 16) & 1)

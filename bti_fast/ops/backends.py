@@ -42,8 +42,18 @@ def compiled_backend(name: str, operator: str, limits: Callable[..., str | None]
     return Backend(name, predicate, forward, backward)
 
 
-def triton_backend(operator: str, limits: Callable[..., str | None]) -> Backend:
-    """The backend of ``bti_fast.kernels.<operator>``: CUDA and ROCm tensors, or CPU ones interpreted."""
+def triton_backend(
+    operator: str,
+    limits: Callable[..., str | None],
+    forward: Callable | None = None,
+    backward: Callable | None = None,
+) -> Backend:
+    """The backend of ``bti_fast.kernels.<operator>``: CUDA and ROCm tensors, or CPU ones interpreted.
+
+    The launchers there are called as they are, unless ``forward`` and ``backward`` put several together.
+    The interpreter finds mistakes in kernels, thousands of times slower than any other backend: it runs where
+    it is forced and is never chosen.
+    """
 
     def predicate(*inputs) -> str | None:
         device = inputs[0].device.type
@@ -60,8 +70,8 @@ def triton_backend(operator: str, limits: Callable[..., str | None]) -> Backend:
     return Backend(
         "triton",
         predicate,
-        lambda *args: launcher(operator)(*args),
-        lambda *args: launcher(f"{operator}_backward")(*args),
+        forward or (lambda *args: launcher(operator)(*args)),
+        backward or (lambda *args: launcher(f"{operator}_backward")(*args)),
     )
 
 
@@ -83,6 +93,8 @@ def no_limits(*inputs) -> None:
 def narrower_than_float64(*inputs) -> str | None:
     """For backends that compute in float32: they leave float64 to the reference."""
     for value in inputs:
+        if isinstance(value, (list, tuple)) and (reason := narrower_than_float64(*value)):
+            return reason
         if isinstance(value, Tensor) and value.dtype == torch.float64:
             return "float64 is computed by the reference backend only"
     return None

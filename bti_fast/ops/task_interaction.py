@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bti_fast.ops.backends import reference_backend
+from bti_fast.ops import task_interaction_passes as passes
+from bti_fast.ops.backends import reference_backend, triton_backend
 from bti_fast.ops.checks import check_device, check_map, check_rank, check_shape, check_tau, check_tensor
 from bti_fast.ops.dispatch import Operator, like
 from bti_fast.reference import TaskInteractionWeights
@@ -78,6 +79,7 @@ OPERATOR = Operator(
     differentiable=4,
 )
 OPERATOR.add(reference_backend(_reference_forward, _reference_backward))
+OPERATOR.add(triton_backend("task_interaction", passes.limits, passes.forward, passes.backward))
 
 
 def task_interaction(
