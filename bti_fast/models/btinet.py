@@ -29,8 +29,8 @@ class BTINetOutput(NamedTuple):
     """What BTINet returns.
 
     seg_logits (B, K, H, W) at the input's size and cls_logits (B, L); then one entry per decoder level,
-    coarsest first, or none where the interaction has nothing to tell: gates (B, 2) = [w_seg, w_cls]; uncertainty, the
-    signals (B, 3) or the entropy map (B, h, w); auxiliary logits (B, K, h, w) and (B, L).
+    coarsest first, or none where the interaction has nothing to tell: gates (B, 2) = [w_seg, w_cls];
+    uncertainty, the signals (B, 3) or the entropy map (B, h, w); auxiliary logits (B, K, h, w) and (B, L).
     """
 
     seg_logits: Tensor
@@ -65,8 +65,8 @@ class UpConv(nn.ConvTranspose2d):
     """3x3 transposed convolution of stride 2, brought to a given size.
 
     Its full output has 2n + 1 rows for n. Asked for 2n - 1 to 2n + 1, it drops the last ones: for 2n this is
-    the published code's "same" padding, for 2n - 1 it undoes an encoder that rounded an odd size up. Asked for
-    another size, which only encoders of other strides do, it interpolates bilinearly.
+    the published code's "same" padding, for 2n - 1 it undoes an encoder that rounded an odd size up. Asked
+    for another size, which only encoders of other strides do, it interpolates bilinearly.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -172,9 +172,11 @@ class BTINet(nn.Module):
         for name, child in self.named_children():
             if name not in ("encoder", "interactions"):
                 child.apply(_initialise)
+        self.to(memory_format=torch.channels_last)  # a fifth faster on CPUs; forward brings the image to it
 
     def forward(self, image: Tensor) -> BTINetOutput:
         self._check(image)
+        image = image.contiguous(memory_format=torch.channels_last)
         shape = (1, -1, 1, 1)
         maps = self.encoder((image - self.image_mean.reshape(shape)) / self.image_std.reshape(shape))
         check_maps(maps, self.encoder_channels)
@@ -231,8 +233,8 @@ class BTINet(nn.Module):
         """The network saved at `path`, in evaluation mode, with its `metadata` and `classes`.
 
         `encoder` is needed where the saved network had one of its own. `expected` names settings that the
-        file must have (cls_classes=3, say). UserError naming the file where it is missing, truncated, not ours, or
-        of another configuration.
+        file must have (cls_classes=3, say). UserError naming the file where it is missing, truncated, not
+        ours, or of another configuration.
         """
         stored = checkpoint.read(path)
         for name, value in expected.items():

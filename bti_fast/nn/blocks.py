@@ -60,8 +60,29 @@ class MultiScaleContextFusion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.scale_fc2(F.relu(self.scale_fc1(x.mean((2, 3))))).softmax(1)  # [B, 3]
+        if x.shape[2] * x.shape[3] >= x.shape[1]:
+            return self._folded(x, weights)
         w1, w2, w4 = weights[:, :, None, None, None].unbind(1)  # each [B, 1, 1, 1]
         return self.fusion(w1 * self.sep_d1(x) + w2 * self.sep_d2(x) + w4 * self.sep_d4(x))
+
+    def _folded(self, x: Tensor, weights: Tensor) -> Tensor:
+        """The same with fusion, mixing and the pointwise halves folded into one matrix per sample.
+
+        After the depthwise halves everything is linear. On maps of more positions than channels this saves
+        one of four large products, and every map between them.
+        """
+        branches = (self.sep_d1, self.sep_d2, self.sep_d4)
+        maps = torch.cat([branch.depthwise(x) for branch in branches], 1)  # [B, 3C, H, W]
+        fusion = self.fusion.weight.flatten(1)  # [C, C]
+        pointwise = torch.stack([branch.pointwise.weight.flatten(1) for branch in branches])  # [3, C, C]
+        biases = torch.stack([branch.pointwise.bias for branch in branches])  # [3, C]
+        matrix = (weights[:, :, None, None] * (fusion @ pointwise)).transpose(1, 2).flatten(2)  # [B, C, 3C]
+        bias = F.linear(weights @ biases, fusion, self.fusion.bias)  # [B, C]
+        if maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous():
+            rows = maps.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H·W, 3C], a view
+            mixed = torch.baddbmm(bias[:, None], rows, matrix.transpose(1, 2))
+            return mixed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return torch.baddbmm(bias[:, :, None], matrix, maps.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class DualPathAttention(nn.Module):

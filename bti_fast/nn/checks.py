@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_map(name: str, value: Tensor, channels: int) -> None:
-    """TypeError or ValueError unless `value` is floating point (B, channels, *spatial), 1 to 3 spatial axes."""
+    """Raises unless `value` is floating point (B, channels, *spatial), 1 to 3 spatial axes."""
     _check_floating(name, value)
     if value.ndim not in (3, 4, 5) or value.shape[1] != channels:
         raise ValueError(

@@ -76,7 +76,7 @@ class UncertaintyProxyAttention(nn.Module):
     """Scales what the exchange changed by two gates computed from three proxies of uncertainty (UPA).
 
     seg_base, seg_enhanced (B, C, *spatial), 1 to 3 spatial axes; cls_base, cls_enhanced (B, F).
-    Scene complexity is zero where the rows (second to last axis; the only one of a sequence) are fewer than 8.
+    Scene complexity is zero where the rows (second to last axis; the only one of a sequence) are below 8.
     """
 
     def __init__(self, seg_channels: int, cls_features: int = 256) -> None:

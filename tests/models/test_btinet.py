@@ -112,13 +112,17 @@ def test_compiles_whole_without_a_graph_break(networks):
     assert len(found.gates) == len(truth.gates) == 4
 
 
-def test_channels_last_gives_the_same(networks):
+def test_memory_format_changes_nothing(networks):
+    """The network works in channels_last by itself; weights in the other format serve as well."""
     model, image = networks["proxy"], torch.rand(2, 1, 96, 64)
+    seen = []
     with torch.no_grad():
+        handle = model.levels[3].register_forward_hook(lambda _m, _a, out: seen.append(out[0]))
         truth = model(image)
-        found = copy.deepcopy(model).to(memory_format=torch.channels_last)(
-            image.to(memory_format=torch.channels_last)
-        )
+        handle.remove()
+        contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        found = contiguous(image.to(memory_format=torch.channels_last))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert relative_error(found.seg_logits, truth.seg_logits) <= 1e-4
     assert relative_error(found.cls_logits, truth.cls_logits) <= 1e-4
 
@@ -187,8 +191,8 @@ def test_the_configuration_rebuilds_the_network(networks):
     }
 
 
-def test_unusable_checkpoints_are_refused_by_name(networks, tmp_path, capsys):
-    model, path = networks["none"], tmp_path / "m.safetensors"
+def test_unusable_checkpoints_are_refused_by_name(tmp_path, capsys):
+    model, path = BTINet(Pyramid(), interaction="none"), tmp_path / "m.safetensors"
     model.save(path)
     whole = path.read_bytes()
     cases = {
@@ -201,10 +205,10 @@ def test_unusable_checkpoints_are_refused_by_name(networks, tmp_path, capsys):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name}: {message}"):
-            BTINet.load(tmp_path / name)
+            BTINet.load(tmp_path / name, encoder=Pyramid())
     assert "code in a pickle ran" not in capsys.readouterr().out
     with pytest.raises(UserError, match="m.safetensors: cls_classes is 3, needed 5"):
-        BTINet.load(path, cls_classes=5)
+        BTINet.load(path, encoder=Pyramid(), cls_classes=5)
 
     with safe_open(path, "pt") as file:
         header, state = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
@@ -236,7 +240,7 @@ def test_unusable_checkpoints_are_refused_by_name(networks, tmp_path, capsys):
     for name, (changes, tensors, message) in edits.items():
         save_file(tensors, tmp_path / name, metadata=header | changes)
         with pytest.raises(UserError, match=f"{name}: {message}"):
-            BTINet.load(tmp_path / name)
+            BTINet.load(tmp_path / name, encoder=Pyramid())
 
 
 def test_an_unwritable_place_is_refused_and_the_old_file_stays(networks, tmp_path):

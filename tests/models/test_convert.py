@@ -213,7 +213,12 @@ def _prebuilt(*args, **kwargs) -> BTINet:
     return _network()
 
 
-def test_a_converted_file_loads_and_says_where_it_comes_from(official_path, converted, tmp_path):
+def test_a_converted_file_loads_and_says_where_it_comes_from(
+    official_path, official_file, converted, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(  # already read
+        "bti_fast.models.convert.KerasFile", lambda path: tampered(official_file, lambda f: None)
+    )
     convert_file(official_path, tmp_path / "model.safetensors")
     model = BTINet.load(tmp_path / "model.safetensors")
     assert model.metadata["source"] == "official.keras"

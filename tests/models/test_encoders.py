@@ -68,7 +68,7 @@ def test_strided_padding_matches_the_published_framework(shared_dir):
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 8), (8, 9), (9, 11)])
 def test_strided_padding_follows_the_input(kernel, height, width):
-    """The middle of window (i, j) lies, by hand, at row 2i + start: start 0 for an odd size, 1 for an even."""
+    """The middle of window (i, j) lies, by hand, at row 2i + start: 0 for an odd size, 1 for an even."""
     conv = SamePaddingConv(1, 1, kernel, stride=2, bias=False)
     with torch.no_grad():
         conv.weight.zero_()

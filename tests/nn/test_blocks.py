@@ -61,6 +61,30 @@ def test_dilated_separable_convolution_matches_the_published_code(shared_dir):
     assert relative_error(x.grad, golden.tensor("grad_in0")) <= FORWARD
 
 
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+def test_folded_fusion_equals_the_written_out_one(memory_format):
+    """24 channels: 4x6 positions are folded, and one position less is not."""
+    torch.manual_seed(0)
+    fusion = MultiScaleContextFusion(24).double()
+    x = torch.randn(3, 24, 4, 6, dtype=torch.float64).to(memory_format=memory_format)
+    weights = torch.nn.functional.linear(
+        torch.relu(fusion.scale_fc1(x.mean((2, 3)))), fusion.scale_fc2.weight, fusion.scale_fc2.bias
+    ).softmax(1)
+    branches = zip(weights.unbind(1), (fusion.sep_d1, fusion.sep_d2, fusion.sep_d4), strict=True)
+    truth = fusion.fusion(sum(w[:, None, None, None] * branch(x) for w, branch in branches))
+    out = fusion(x)
+    torch.testing.assert_close(out, truth)
+    assert out.is_contiguous(memory_format=memory_format)
+    captured = []
+    fusion.fusion.register_forward_hook(lambda *_: captured.append(True))
+    fusion(x)
+    assert not captured
+    fusion(x[:, :, :, :5])
+    assert captured
+
+
 def test_maximum_shares_its_gradient_among_ties():
     attention = DualPathAttention(16).double()
     x = torch.zeros(1, 16, 7, 7, dtype=torch.float64, requires_grad=True)
