@@ -214,7 +214,7 @@ def shout(message: str) -> None:
     """One line that is seen even though pip keeps a build's output to itself."""
     line = f"\n*** bti_fast: {message} ***\n"
     print(line, file=sys.stderr, flush=True)
-    # pip shows what a build prints only with -v, so the line also goes where pip's own messages go: a terminal
+    # pip shows what a build prints only with -v, so the line also goes where pip's messages go: a terminal
     # or a pipe (a plain file has one writer's position, and pip would overwrite the line).
     theirs = f"/proc/{os.getppid()}/fd/2"
     try:
@@ -236,7 +236,7 @@ def announce(plan: Plan) -> None:
 
 
 def clear(package: Path) -> None:
-    """Remove what an earlier build left in the package, so that a library it left out now does not live on."""
+    """Remove what an earlier build left in the package: a library left out now must not live on."""
     for file in [*package.glob("_native*"), *package.glob("lib/*bti_fast_*")]:
         file.unlink()
 
