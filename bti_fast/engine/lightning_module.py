@@ -11,6 +11,7 @@ from torch import Tensor
 from bti_fast import losses
 from bti_fast.engine.config import TrainConfig
 from bti_fast.engine.lightning_import import lightning
+from bti_fast.engine.loaders import start_epoch
 from bti_fast.engine.schedule import Counters, cosine_share
 from bti_fast.errors import UserError
 from bti_fast.models import BTINet
@@ -35,9 +36,7 @@ class Stage(lightning.LightningModule):
         epoch = self.current_epoch
         # Every epoch starts from a generator of its own, so a resumed run needs no stored generator state.
         torch.manual_seed((self.config.seed * 1_000_003 + self.number * 100_003 + epoch) % 2**63)
-        loader = self.trainer.train_dataloader
-        loader.batch_sampler.set_epoch(epoch)
-        loader.dataset.set_epoch(epoch)
+        start_epoch(self.trainer.train_dataloader, epoch)
         self._sums.clear()
 
     def add(self, name: str, value: Tensor, count: int) -> None:

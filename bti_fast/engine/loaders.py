@@ -37,9 +37,8 @@ class EpochBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(self.count))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(
-            order
-        )  # a string seed is hashed the same on every machine
+        # A string seed is hashed the same way on every machine.
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
         cuts = [self.batch_size * i for i in range(len(self))] + [self.count]
         for start, stop in zip(cuts, cuts[1:], strict=False):
             yield order[start:stop]
@@ -48,8 +47,14 @@ class EpochBatches(Sampler[list[int]]):
 def training_loader(
     dataset: CaseDataset, batch_size: int, seed: int, workers: int
 ) -> DataLoader[dict[str, Any]]:
-    """Shuffled batches; call set_epoch on its batch_sampler and dataset before each pass."""
+    """Shuffled batches; call start_epoch before each pass."""
     return _loader(dataset, workers, batch_sampler=EpochBatches(len(dataset), batch_size, seed))
+
+
+def start_epoch(loader: DataLoader[dict[str, Any]], epoch: int) -> None:
+    """Chooses the order and the augmentation of a training loader's next pass."""
+    loader.batch_sampler.set_epoch(epoch)
+    loader.dataset.set_epoch(epoch)
 
 
 def ordered_loader(dataset: CaseDataset, batch_size: int, workers: int) -> DataLoader[dict[str, Any]]:

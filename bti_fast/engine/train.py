@@ -23,6 +23,7 @@ from bti_fast.engine.loaders import (
     count_classes,
     ordered_loader,
     read_split,
+    start_epoch,
     training_loader,
     write_split,
 )
@@ -253,9 +254,8 @@ def _fit(
             trainer.precision_plugin.load_state_dict(state["precision"])
             progress = trainer.fit_loop.epoch_progress.current
             progress.ready = progress.started = progress.processed = progress.completed = state["epoch"]
-            loaders[0].dataset.set_epoch(state["epoch"])
-        else:
-            loaders[0].dataset.set_epoch(0)
+        # Worker processes read ahead before the first epoch's hook runs.
+        start_epoch(loaders[0], state["epoch"] if going_on else 0)
         try:
             trainer.fit(stage, *loaders)
         except SystemExit:

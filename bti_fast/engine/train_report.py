@@ -48,7 +48,7 @@ def write_train_report(
         drawings.append(figures.curves(second, names, "gate loss", "Stage 2: gates"))
     chosen = max(first, key=lambda row: row["val_score"])
     rows = [
-        (name, f"{chosen[name]:.4f}")
+        (name, f"{chosen[name]:.4g}")
         for name in chosen
         if isinstance(chosen[name], float) and name != "seconds"
     ]

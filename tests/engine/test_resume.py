@@ -113,6 +113,13 @@ def test_another_seed_gives_other_weights(phantoms: Path, finished_run: Path, tm
     assert any(not torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_reading_in_other_processes_changes_nothing(
+    phantoms: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    tiny_train(phantoms, tmp_path / "run", workers=1, cache_mb=0)
+    assert_same_run(tmp_path / "run", finished_run)
+
+
 def test_finished_run_is_left_alone(phantoms: Path, finished_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if path.is_file()}
     assert "nothing to resume" in tiny_train(phantoms, finished_run, resume=True)
