@@ -13,7 +13,7 @@ THREADS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard _build_backend/*.py csrc/*/*)
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark kernel-report clean
 
 demo: $(VENV)/.train
 	$(BIN)/bti-fast doctor
@@ -30,6 +30,10 @@ lint: $(VENV)/.test
 
 benchmark: $(VENV)/.train
 	$(BIN)/bti-fast benchmark --threads $(THREADS)
+
+# What the compilers make of the Triton kernels for sm_80, sm_90, sm_100 and gfx942; needs no GPU.
+kernel-report: $(VENV)/.test
+	$(BIN)/python benchmarks/kernel_report.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bti_fast/lib bti_fast/_native*.so

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# The Triton kernels run in Triton's interpreter here; the choice is read when a kernel file is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
