@@ -21,4 +21,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_fusion_backward(
     const Tensor& seg_logits, const Tensor& prior, const Tensor& cls_uncertainty, const Tensor& coeffs,
     const Tensor& pooled, const Tensor& mean_uncertainty, double tau);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_interaction(
+    const Tensor& x, const Tensor& y, const std::vector<Tensor>& weights, double tau, bool training);
+std::vector<Tensor> task_interaction_backward(const Tensor& grad_x, const Tensor& grad_y, const Tensor& grad_gates,
+                                              const Tensor& grad_signals, const Tensor& x, const Tensor& y,
+                                              const Tensor& summary, const std::vector<Tensor>& weights, double tau,
+                                              bool training);
+
 }  // namespace bti_fast

@@ -14,6 +14,12 @@ STABLE_TORCH_LIBRARY(bti_fast_cpu, m) {
       "gated_fusion_backward(Tensor grad_x, Tensor grad_pooled, Tensor grad_mean, Tensor grad_u, Tensor x,"
       " Tensor seg_logits, Tensor prior, Tensor cls_uncertainty, Tensor coeffs, Tensor pooled,"
       " Tensor mean_uncertainty, float tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "task_interaction(Tensor x, Tensor y, Tensor[] weights, float tau, bool training)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "task_interaction_backward(Tensor grad_x, Tensor grad_y, Tensor grad_gates, Tensor grad_signals, Tensor x,"
+      " Tensor y, Tensor summary, Tensor[] weights, float tau, bool training) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
@@ -21,4 +27,6 @@ STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
   m.impl("entropy_uncertainty_backward", TORCH_BOX(&bti_fast::entropy_uncertainty_backward));
   m.impl("gated_fusion", TORCH_BOX(&bti_fast::gated_fusion));
   m.impl("gated_fusion_backward", TORCH_BOX(&bti_fast::gated_fusion_backward));
+  m.impl("task_interaction", TORCH_BOX(&bti_fast::task_interaction));
+  m.impl("task_interaction_backward", TORCH_BOX(&bti_fast::task_interaction_backward));
 }

@@ -1,6 +1,7 @@
 // Loads and stores of the first n lanes, lane masks, horizontal sums and sigmoid (kernels only).
 #pragma once
 
+#include <new>
 #include <type_traits>
 
 #include "cpu/vec.h"
@@ -10,6 +11,24 @@ namespace BTI_FAST_ISA {
 
 using Yes = std::true_type;
 using No = std::false_type;
+
+// Uninitialised memory of one task. Not a std::vector: its functions would be shared between instruction sets.
+template <typename E>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<E*>(::operator new(static_cast<size_t>(count) * sizeof(E) + 64, std::align_val_t(64)))),
+        count_(count) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  E* data() { return data_; }
+  void clear() { std::memset(data_, 0, static_cast<size_t>(count_) * sizeof(E)); }
+
+ private:
+  E* data_;
+  int64_t count_;
+};
 
 // The first n of all lanes from consecutive elements, zero in the others.
 template <typename T>
