@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bti_fast.ops import task_interaction_passes as passes
-from bti_fast.ops.backends import reference_backend, triton_backend
+from bti_fast.ops.backends import compiled_backend, narrower_than_float64, reference_backend, triton_backend
 from bti_fast.ops.checks import check_device, check_map, check_rank, check_shape, check_tau, check_tensor
 from bti_fast.ops.dispatch import Operator, like
 from bti_fast.reference import TaskInteractionWeights
@@ -65,6 +65,10 @@ def _reference_backward(*args):
     return [like(grad, value) for grad, value in zip(grads, (x, y, *weights), strict=True)]
 
 
+def _narrow(x, y, weights, *_):
+    return narrower_than_float64(x, y, *weights)
+
+
 OPERATOR = Operator(
     name="task_interaction",
     schema="(Tensor x, Tensor y, Tensor[] weights, float tau, bool training)"
@@ -79,6 +83,7 @@ OPERATOR = Operator(
     differentiable=4,
 )
 OPERATOR.add(reference_backend(_reference_forward, _reference_backward))
+OPERATOR.add(compiled_backend("cpu", "task_interaction", _narrow))
 OPERATOR.add(triton_backend("task_interaction", passes.limits, passes.forward, passes.backward))
 
 
