@@ -73,6 +73,8 @@ def train(
     index = read_dataset(config.data, config.layout)
     for problem in index.problems:
         _say(console, f"warning: {problem.message}")
+    names = class_names(index.classes)
+    model = build_model(config, names, encoder)
     if resume:
         splits = read_split(folder, index)
     else:
@@ -84,13 +86,11 @@ def train(
         _check_splits(splits, config)
         write_split(folder, splits)
         run_folder.write_config(folder, config)  # last: its presence is what makes the folder a run
-    names = class_names(index.classes)
     sizes = (len(splits[name]) for name in ("train", "val", "test"))
     _say(console, "{} training, {} validation, {} test cases".format(*sizes))
 
     metadata = {"data": index.root.name, "mask_threshold": 0.5, "version": bti_fast.__version__}
     log = RunLog(folder, config, metadata, console)
-    model = build_model(config, names, encoder)
     cache = config.cache_mb << 20
     data = CaseDataset(
         splits["train"],

@@ -107,6 +107,7 @@ def test_mistakes_are_one_line(
         make_phantoms(tmp_path / "data", 12, size=24)
         arguments = [str(tmp_path / "data") if word == "." else word for word in arguments]
     assert main([word.replace("{tmp}", str(tmp_path)) for word in arguments]) == 2
+    assert not list(tmp_path.rglob("config.yaml"))  # nothing half begun is taken for a run
     said = capsys.readouterr().err.strip().splitlines()
     assert message in said[-1] and said[-1].startswith("bti-fast: ")
     assert len([line for line in said if line.startswith("bti-fast: ")]) == 1
