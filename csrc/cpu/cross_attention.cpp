@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <optional>
 
@@ -117,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
     const Tensor& v_k, const Tensor& out_q, const Tensor& out_k, const Tensor& row_lse, const Tensor& column_lse,
     const std::optional<Tensor>& q_mask, const std::optional<Tensor>& k_mask, double scale) {
   using torch::stable::empty_like;
+  using torch::stable::new_empty;
   const CrossShape s = shape_of(q, k, v_q, v_k, q_mask, k_mask, scale);
   check_tokens(grad_out_q, "grad_out_q", q, s.n, s.e);
   check_tokens(grad_out_k, "grad_out_k", q, s.m, s.e);
@@ -127,8 +129,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
                       column_lse.is_contiguous() && column_lse.numel() == s.batch * s.heads * s.m,
                   "row_lse and column_lse must be the forward's");
   const Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v_q = empty_like(v_q), grad_v_k = empty_like(v_k);
-  const Tensor partial =
-      torch::stable::new_empty(q, {s.batch * s.heads * s.splits * backward_partial(s)}, kFloat);
+  const Tensor partial = new_empty(q, {s.batch * s.heads * s.splits * backward_partial(s)}, kFloat);
+  const float* lse = static_cast<const float*>(column_lse.const_data_ptr());
+  const bool exact = std::any_of(lse, lse + column_lse.numel(), [](float x) {
+    return !plain_lse(x, kPlainColumn) && x != -std::numeric_limits<float>::infinity();
+  });
+  const Tensor columns = new_empty(q, {exact ? s.batch * s.heads * 2 * s.m : 0}, kFloat);
   const CrossBackward job{s,
                           view_of(grad_out_q),
                           view_of(grad_out_k),
@@ -139,12 +145,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
                           view_of(out_q),
                           view_of(out_k),
                           static_cast<const float*>(row_lse.const_data_ptr()),
-                          static_cast<const float*>(column_lse.const_data_ptr()),
+                          lse,
                           view_of(grad_q),
                           view_of(grad_k),
                           view_of(grad_v_q),
                           view_of(grad_v_k),
-                          static_cast<float*>(partial.mutable_data_ptr())};
+                          static_cast<float*>(partial.mutable_data_ptr()),
+                          exact ? static_cast<float*>(columns.mutable_data_ptr()) : nullptr};
+  if (exact) {
+    sweep(job, BTI_FAST_SELECT(cross_backward_columns));
+    combine(job, BTI_FAST_SELECT(cross_backward_columns_combine));
+  }
   sweep(job, BTI_FAST_SELECT(cross_backward));
   combine(job, BTI_FAST_SELECT(cross_backward_combine));
   return {grad_q, grad_k, grad_v_q, grad_v_k};

@@ -45,8 +45,15 @@ struct CrossBackward {
   const float* row_lse;
   const float* column_lse;
   TokenView grad_q, grad_k, grad_v_q, grad_v_k;
-  float* partial;  // (B, h, splits, backward_partial)
+  float* partial;       // (B, h, splits, backward_partial)
+  float* column_exact;  // (B, h, 2, M): peak and sum of every column; nullptr where no log-sum-exp needs it
 };
+
+// Log-sum-exps for which exponentials relative to 0 lose nothing: they stay below e^60, and what drops off their lower
+// end, e^-87, is nothing beside e^-40. Beyond, a log-sum-exp in float32 is also too coarse to give the weights back:
+// rows then find their own peak again, and columns do so in a sweep of their own.
+constexpr float kPlainLow = -40.0f, kPlainRow = 40.0f, kPlainColumn = 60.0f;
+inline bool plain_lse(float lse, float high) { return lse >= kPlainLow && lse <= high; }
 
 inline int64_t padded(int64_t count) { return (count + 31) / 32 * 32; }
 
@@ -64,6 +71,8 @@ inline int64_t cross_scratch(const CrossShape& s) {
 // Tasks are (batch, head, split), the last fastest; combining is done per (batch, head).
 BTI_FAST_KERNEL(void, cross_forward, (const CrossForward& job, int64_t begin, int64_t end, float* scratch))
 BTI_FAST_KERNEL(void, cross_forward_combine, (const CrossForward& job, int64_t begin, int64_t end))
+BTI_FAST_KERNEL(void, cross_backward_columns, (const CrossBackward& job, int64_t begin, int64_t end, float* scratch))
+BTI_FAST_KERNEL(void, cross_backward_columns_combine, (const CrossBackward& job, int64_t begin, int64_t end))
 BTI_FAST_KERNEL(void, cross_backward, (const CrossBackward& job, int64_t begin, int64_t end, float* scratch))
 BTI_FAST_KERNEL(void, cross_backward_combine, (const CrossBackward& job, int64_t begin, int64_t end))
 

@@ -12,10 +12,6 @@ namespace BTI_FAST_ISA {
 
 namespace {
 
-// Bounds on log-sum-exps in plain splits: E stays below e^40, and what drops off its lower end, e^-87, is nothing
-// beside e^-40. A column sums more terms.
-constexpr float kPlainRow = 40.0f, kPlainColumn = 60.0f;
-
 struct Sweep {
   int64_t d, e, width, vectors;
   Columns columns;
@@ -23,9 +19,10 @@ struct Sweep {
   bool plain;
   float *scores, *other, *gradient;        // E or P_col, P_row, dS [tokens, width]
   float *q, *v, *grad, *out;               // [tokens, d or e + kPadding]
-  float *k_transposed, *k, *v_transposed;  // panels; k carries scale, k_transposed also log2(e)
+  float *k_transposed, *k, *v_transposed;  // panels
   float *grad_transposed, *grad_panels;    // panels of dO_k, times b in plain splits
-  float *column_mean, *column_shift;       // mean_col (times b), lse_col in base 2
+  float *column_mean;                      // mean_col, times b in plain splits
+  float *column_shift, *column_inverse;    // wide splits: P_col = 2^(t - shift) inverse
   float *sum_k, *sum_v;                    // dk / scale [d, width] and dv_k [e, width]
   float row_mean[kTileTokens];
 };
@@ -111,7 +108,8 @@ __attribute__((noinline)) void wide_gradient(const Sweep& s, int rows) {
     const float inverse = softmax_inverse(lane_sum(sum));
     for (int64_t v = 0; v <= last; v += kLanes) {
       store_dense(load_dense(p + v) * inverse, p + v);
-      store_dense(exp2_exact(load_dense(x + v) - load_dense(s.column_shift + v)), x + v);
+      const VecF y = exp2_exact(load_dense(x + v) - load_dense(s.column_shift + v));
+      store_dense(y * load_dense(s.column_inverse + v), x + v);
     }
   }
   for_blocks(rows, s.vectors, WideGradient<true>{s});
@@ -126,7 +124,7 @@ BTI_FAST_INLINE void row_factors(Sweep& s, const TileTokens& tokens, const float
     VecF dot{};
     if (i < tokens.count)
       for (int64_t c = 0; c < s.e; c += kLanes) dot += load_dense(g + c) * load_dense(s.out + i * row + c);
-    s.row_mean[i] = lane_sum(dot);
+    s.row_mean[i] = s.columns.count == 1 ? 0.0f : lane_sum(dot);
     if (!s.plain || i >= tokens.count) continue;
     const VecF a = exp2_bounded(splat<VecF>(lse[tokens.first + tokens.index[i]] * -kLog2E));
     s.row_mean[i] *= a[0];
@@ -134,18 +132,16 @@ BTI_FAST_INLINE void row_factors(Sweep& s, const TileTokens& tokens, const float
   }
 }
 
-template <typename T>
-bool is_plain(const CrossBackward& job, const Columns& columns, int64_t batch, int64_t first, int64_t end,
-              const float* row_lse, const float* column_lse) {
+bool plain_columns(const Columns& columns, const float* lse) {
   bool plain = true;
-  for (int64_t j = 0; j < columns.count; ++j) {
-    const float lse = column_lse[columns.index[j]];
-    plain &= lse >= -kPlainRow && lse <= kPlainColumn;
-  }
-  const MaskView& mask = job.shape.q_mask;
+  for (int64_t j = 0; j < columns.count; ++j) plain &= plain_lse(lse[columns.index[j]], kPlainColumn);
+  return plain;
+}
+
+bool plain_rows(const MaskView& mask, int64_t batch, int64_t first, int64_t end, const float* lse) {
+  bool plain = true;
   for (int64_t i = first; i < end; ++i)
-    plain &= (row_lse[i] >= -kPlainRow && row_lse[i] <= kPlainRow) ||
-             (mask.data != nullptr && !mask.data[batch * mask.batch + i * mask.token]);
+    plain &= plain_lse(lse[i], kPlainRow) || (mask.data != nullptr && !mask.data[batch * mask.batch + i * mask.token]);
   return plain;
 }
 
@@ -153,19 +149,23 @@ template <typename T>
 void pack_class_side(const CrossBackward& job, Sweep& s, int64_t batch, int64_t head, const float* lse, float* rows,
                      float* outs) {
   const int64_t count = s.columns.count, d = s.d, e = s.e;
-  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, job.shape.scale * kLog2E, rows);
+  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, 1.0f, rows);
   pack_transposed(rows, count, d, s.k_transposed);
-  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, job.shape.scale, rows);
   pack(rows, count, d, s.k);
   gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, 1.0f, rows);
   pack_transposed(rows, count, e, s.v_transposed);
+  if (count == 1)  // a softmax over one token is constant: its gradient is exactly zero
+    for (int64_t c = 0; c < e * kPanel; ++c) s.v_transposed[c] = 0.0f;
   gather(at<const T>(job.grad_out_k, batch, head), job.grad_out_k, s.columns, e, 1.0f, rows);
   gather(at<const T>(job.out_k, batch, head), job.out_k, s.columns, e, 1.0f, outs);
-  for (int64_t j = 0; j < s.vectors * kLanes; ++j) s.column_mean[j] = s.column_shift[j] = 0.0f;
+  for (int64_t j = 0; j < s.vectors * kLanes; ++j) s.column_mean[j] = s.column_shift[j] = s.column_inverse[j] = 0.0f;
+  const bool exact = job.column_exact != nullptr && !plain_columns(s.columns, lse);
+  const float* peak = exact ? job.column_exact + (batch * job.shape.heads + head) * 2 * job.shape.m : nullptr;
   for (int64_t j = 0; j < count; ++j) {
     const float t = lse[s.columns.index[j]] * kLog2E;
     const float b = s.plain ? exp2_exact(-t) : 1.0f;
-    s.column_shift[j] = softmax_shift(t);
+    s.column_shift[j] = exact ? softmax_shift(peak[j]) : t;
+    s.column_inverse[j] = exact ? softmax_inverse(peak[job.shape.m + j]) : 1.0f;
     float mean = 0.0f;
     for (int64_t c = 0; c < e; ++c) {
       rows[j * e + c] *= b;
@@ -223,6 +223,7 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
   s.grad_panels = arena.take(padded(m) * padded(e));
   s.column_mean = arena.take(s.width);
   s.column_shift = arena.take(s.width);
+  s.column_inverse = arena.take(s.width);
   s.sum_k = arena.take(d * s.width);
   s.sum_v = arena.take(e * s.width);
   for (int64_t j = 0; j < d * s.width; ++j) s.sum_k[j] = 0.0f;
@@ -230,10 +231,12 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
 
   const float* row_lse = job.row_lse + index * shape.n;
   const float* column_lse = job.column_lse + index * m;
-  s.plain = is_plain<T>(job, s.columns, batch, first, end, row_lse, column_lse);
+  s.plain = plain_columns(s.columns, column_lse) && plain_rows(shape.q_mask, batch, first, end, row_lse);
   float* rows = arena.take(count * (d > e ? d : e));
   pack_class_side<T>(job, s, batch, head, column_lse, rows, arena.take(count * e));
 
+  float ones[kTileTokens];
+  for (float& one : ones) one = 1.0f;
   for (int64_t begin = first; begin < end; begin += kTileTokens) {
     const TileTokens tokens = tile_tokens(shape.q_mask, batch, begin, end);
     if (tokens.count == 0) continue;
@@ -241,21 +244,25 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
     load_tile(at<const T>(job.v_q, batch, head), job.v_q, tokens, e, s.v, v_row);
     load_tile(at<const T>(job.grad_out_q, batch, head), job.grad_out_q, tokens, e, s.grad, v_row);
     load_tile(at<const T>(job.out_q, batch, head), job.out_q, tokens, e, s.out, v_row);
+    prefetch_tile(at<const T>(job.q, batch, head), job.q, begin + kTileTokens, end, d);
+    prefetch_tile(at<const T>(job.v_q, batch, head), job.v_q, begin + kTileTokens, end, e);
+    prefetch_tile(at<const T>(job.grad_out_q, batch, head), job.grad_out_q, begin + kTileTokens, end, e);
+    prefetch_tile(at<const T>(job.out_q, batch, head), job.out_q, begin + kTileTokens, end, e);
     row_factors(s, tokens, row_lse);
-    product<false, false>(s.q, q_row, packed(s.k_transposed, d), d, s.scores, s.width, tokens.rows(), s.vectors);
+    product(s.q, q_row, packed(s.k_transposed, d), d, shape.scale * kLog2E, s.scores, s.width, tokens.rows(),
+            s.vectors);
     if (s.plain) {
       plain_gradient(s, tokens.rows());
     } else {
       wide_gradient(s, tokens.rows());
     }
-    product<true, true>(s.grad, v_row, plain(s.plain ? s.scores : s.other, s.width), tokens.count, s.sum_v, s.width, e,
-                        s.vectors);
-    product<true, true>(s.q, q_row, plain(s.gradient, s.width), tokens.count, s.sum_k, s.width, d, s.vectors);
-    product<false, false>(s.scores, s.width, packed(s.grad_panels, count), count, s.out, v_row, tokens.rows(),
-                          e / kLanes);
-    store_tile(s.out, v_row, tokens, e, grad_v_q, job.grad_v_q);
-    product<false, false>(s.gradient, s.width, packed(s.k, count), count, s.out, q_row, tokens.rows(), d / kLanes);
-    store_tile(s.out, q_row, tokens, d, grad_q, job.grad_q);
+    add_transposed_product(s.grad, v_row, plain(s.plain ? s.scores : s.other, s.width), tokens.count, s.sum_v, s.width,
+                           e, s.vectors);
+    add_transposed_product(s.q, q_row, plain(s.gradient, s.width), tokens.count, s.sum_k, s.width, d, s.vectors);
+    product(s.scores, s.width, packed(s.grad_panels, count), count, 1.0f, s.out, v_row, tokens.rows(), e / kLanes);
+    store_tile(s.out, v_row, tokens, ones, e, grad_v_q, job.grad_v_q);
+    product(s.gradient, s.width, packed(s.k, count), count, shape.scale, s.out, q_row, tokens.rows(), d / kLanes);
+    store_tile(s.out, q_row, tokens, ones, d, grad_q, job.grad_q);
   }
   float* part = job.partial + task * backward_partial(shape);
   for (int64_t c = 0; c < d; ++c)
@@ -267,6 +274,73 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
 template <typename T>
 void backward_tasks(const CrossBackward& job, int64_t begin, int64_t end, float* scratch) {
   for (int64_t task = begin; task < end; ++task) backward_split<T>(job, task, scratch);
+}
+
+// Peak and sum of every column over one split, into the first 2 m floats of its part.
+template <typename T>
+void columns_split(const CrossBackward& job, int64_t task, float* scratch) {
+  const CrossShape& shape = job.shape;
+  const int64_t d = shape.d, m = shape.m, index = task / shape.splits;
+  const int64_t head = index % shape.heads, batch = index / shape.heads;
+  const int64_t first = task % shape.splits * shape.split_tokens;
+  const int64_t end = first + shape.split_tokens < shape.n ? first + shape.split_tokens : shape.n;
+  const Columns columns = columns_of(shape, batch);
+  if (plain_columns(columns, job.column_lse + index * m)) return;
+  const int64_t vectors = (columns.count + kLanes - 1) / kLanes, width = padded(m) + kPadding, q_row = d + kPadding;
+  Arena arena{scratch};
+  float* scores = arena.take(kTileTokens * width);
+  float* q = arena.take(kTileTokens * q_row);
+  float* panels = arena.take(padded(m) * d);
+  float* rows = arena.take(columns.count * d);
+  float* peaks = arena.take(width);
+  float* sums = arena.take(width);
+  gather(at<const T>(job.k, batch, head), job.k, columns, d, 1.0f, rows);
+  pack_transposed(rows, columns.count, d, panels);
+  for (int64_t v = 0; v < vectors * kLanes; v += kLanes) {
+    store_dense(splat<VecF>(kNothing), peaks + v);
+    store_dense(VecF{}, sums + v);
+  }
+  for (int64_t begin = first; begin < end; begin += kTileTokens) {
+    const TileTokens tokens = tile_tokens(shape.q_mask, batch, begin, end);
+    load_tile(at<const T>(job.q, batch, head), job.q, tokens, d, q, q_row);
+    product(q, q_row, packed(panels, d), d, shape.scale * kLog2E, scores, width, tokens.rows(), vectors);
+    for (int64_t v = 0; v < vectors * kLanes; v += kLanes) {
+      const VecF old = load_dense(peaks + v);
+      VecF peak = old, sum{};
+      for (int i = 0; i < tokens.count; ++i) {
+        const VecF t = load_dense(scores + i * width + v);
+        peak = t > peak ? t : peak;
+      }
+      const VecF shift = peak == kNothing ? VecF{} : peak;
+      for (int i = 0; i < tokens.count; ++i) sum += exp2_exact(load_dense(scores + i * width + v) - shift);
+      const VecF weight = old == kNothing ? VecF{} : exp2_exact(old - shift);
+      store_dense(load_dense(sums + v) * weight + sum, sums + v);
+      store_dense(peak, peaks + v);
+    }
+  }
+  float* part = job.partial + task * backward_partial(shape);
+  for (int64_t j = 0; j < columns.count; ++j) {
+    part[j] = peaks[j];
+    part[m + j] = sums[j];
+  }
+}
+
+void columns_combine(const CrossBackward& job, int64_t index) {
+  const CrossShape& shape = job.shape;
+  const int64_t m = shape.m, stride = backward_partial(shape);
+  const Columns columns = columns_of(shape, index / shape.heads);
+  if (plain_columns(columns, job.column_lse + index * m)) return;
+  const float* parts = job.partial + index * shape.splits * stride;
+  float* exact = job.column_exact + index * 2 * m;
+  for (int64_t j = 0; j < columns.count; ++j) {
+    float total = kNothing, sum = 0.0f;
+    for (int64_t s = 0; s < shape.splits; ++s) total = softmax_peak(parts[s * stride + j], total);
+    for (int64_t s = 0; s < shape.splits; ++s)
+      sum += parts[s * stride + m + j] *
+             softmax_weight(parts[s * stride + j], total, [](float x) { return exp2_exact(x); });
+    exact[j] = total;
+    exact[m + j] = sum;
+  }
 }
 
 // grad_k and grad_v_k of one head: the sums of its splits, added in their order.
@@ -308,6 +382,20 @@ void cross_backward(const CrossBackward& job, int64_t begin, int64_t end, float*
     case Dtype::bfloat16: return backward_tasks<BFloat16>(job, begin, end, scratch);
     default: return backward_tasks<float>(job, begin, end, scratch);
   }
+}
+
+void cross_backward_columns(const CrossBackward& job, int64_t begin, int64_t end, float* scratch) {
+  for (int64_t task = begin; task < end; ++task) {
+    switch (job.shape.dtype) {
+      case Dtype::float16: columns_split<Half>(job, task, scratch); break;
+      case Dtype::bfloat16: columns_split<BFloat16>(job, task, scratch); break;
+      default: columns_split<float>(job, task, scratch);
+    }
+  }
+}
+
+void cross_backward_columns_combine(const CrossBackward& job, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) columns_combine(job, index);
 }
 
 void cross_backward_combine(const CrossBackward& job, int64_t begin, int64_t end) {

@@ -1,7 +1,7 @@
 // Forward sweep of cross_attention over one split of the dense tokens, tile by tile of S (tokens x class tokens).
 //
 // Ordinary logits ("plain" tiles): E = 2^t serves both softmaxes, relative to a peak of 0. A tile is plain when the sum
-// of each of its rows and columns lies in kPlain: then no term that matters was lost to the ends of the exponent.
+// of each of its rows and columns lies in 2^-58..2^58: then no term that matters was lost to the ends of the exponent.
 // Other tiles ("wide"): each row has its own peak, each column a running one. Once a split has met a wide tile it
 // expects more, so the plain attempt is dropped. The choice depends on the numbers alone, never on threads.
 #include "cpu/cross_attention_tile.h"
@@ -11,7 +11,7 @@ namespace BTI_FAST_ISA {
 
 namespace {
 
-constexpr float kPlainLow = 0x1p-58f, kPlainHigh = 0x1p58f;
+constexpr float kPlainSumLow = 0x1p-58f, kPlainSumHigh = 0x1p58f;
 
 // Of every column: sum of weights and weighted values [e, columns]; wide ones also the running peak.
 struct ColumnSums {
@@ -26,27 +26,30 @@ struct Sweep {
   Columns columns;
   VecF inside;  // of the last vector of columns: 1 where there is one, 0 beyond
   float *scores, *other, *q, *v, *out, *k_panels, *v_panels, *tile_sum;
-  float row_sum[kTileTokens], row_shift[kTileTokens];  // shift in base 2
+  float row_sum[kTileTokens], row_shift[kTileTokens], row_inverse[kTileTokens];  // shift in base 2
   ColumnSums plain, wide;
 };
 
 template <int Rows>
-BTI_FAST_INLINE void exponentials(const Sweep& s, int64_t i, float* row_sum) {
+BTI_FAST_INLINE void exponentials(float* x, int64_t width, int64_t vectors, VecF inside, float* tile_sum,
+                                  float* row_sum) {
   VecF sum[Rows]{};
-  float* x = s.scores + i * s.width;
-  for (int64_t v = 0; v < s.vectors; ++v) {
-    const VecF inside = v + 1 < s.vectors ? splat<VecF>(1.0f) : s.inside;
-    VecF column = load_dense(s.tile_sum + v * kLanes);
+  const auto column = [&](int64_t v, auto keep) {
+    VecF total = load_dense(tile_sum + v);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      float* p = x + r * s.width + v * kLanes;
-      const VecF y = exp2_bounded(load_dense(p)) * inside;
+      float* p = x + r * width + v;
+      const VecF y = keep(exp2_bounded(load_dense(p)));
       store_dense(y, p);
       sum[r] += y;
-      column += y;
+      total += y;
     }
-    store_dense(column, s.tile_sum + v * kLanes);
-  }
+    store_dense(total, tile_sum + v);
+  };
+  const int64_t last = (vectors - 1) * kLanes;
+  for (int64_t v = 0; v < last; v += kLanes) column(v, [](VecF y) { return y; });
+  column(last, [&](VecF y) { return y * inside; });
+#pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) row_sum[r] = lane_sum(sum[r]);
 }
 
@@ -54,11 +57,13 @@ BTI_FAST_INLINE void exponentials(const Sweep& s, int64_t i, float* row_sum) {
 bool plain_tile(Sweep& s, int count) {
   for (int64_t v = 0; v < s.vectors; ++v) store_dense(VecF{}, s.tile_sum + v * kLanes);
   int i = 0;
-  for (; i + 4 <= count; i += 4) exponentials<4>(s, i, s.row_sum + i);
-  for (; i < count; ++i) exponentials<1>(s, i, s.row_sum + i);
+  for (; i + 2 <= count; i += 2)
+    exponentials<2>(s.scores + i * s.width, s.width, s.vectors, s.inside, s.tile_sum, s.row_sum + i);
+  for (; i < count; ++i)
+    exponentials<1>(s.scores + i * s.width, s.width, s.vectors, s.inside, s.tile_sum, s.row_sum + i);
   bool fits = true;
-  for (i = 0; i < count; ++i) fits &= s.row_sum[i] >= kPlainLow && s.row_sum[i] <= kPlainHigh;
-  for (int64_t j = 0; j < s.columns.count; ++j) fits &= s.tile_sum[j] >= kPlainLow && s.tile_sum[j] <= kPlainHigh;
+  for (i = 0; i < count; ++i) fits &= s.row_sum[i] >= kPlainSumLow && s.row_sum[i] <= kPlainSumHigh;
+  for (int64_t j = 0; j < s.columns.count; ++j) fits &= s.tile_sum[j] >= kPlainSumLow && s.tile_sum[j] <= kPlainSumHigh;
   if (!fits) return false;
   for (int64_t v = 0; v < s.vectors * kLanes; v += kLanes)
     store_dense(load_dense(s.plain.sum + v) + load_dense(s.tile_sum + v), s.plain.sum + v);
@@ -110,14 +115,11 @@ void wide_tile(Sweep& s, int count) {
 }
 
 void finish_rows(Sweep& s, const TileTokens& tokens, float* lse) {
-  for (int i = 0; i < tokens.count; ++i) {
-    const float inverse = softmax_inverse(s.row_sum[i]);
-    float* p = s.out + i * (s.e + kPadding);
-    for (int64_t c = 0; c < s.e; c += kLanes) store_dense(load_dense(p + c) * inverse, p + c);
-  }
   for (int i = 0; i < tokens.count; i += kLanes) {
     float line[kLanes];
-    store_dense(log_positive(load_dense(s.row_sum + i)) + load_dense(s.row_shift + i) * kLn2, line);
+    const VecF sum = load_dense(s.row_sum + i);
+    store_dense(log_positive(sum) + load_dense(s.row_shift + i) * kLn2, line);
+    store_dense(sum == 0 ? VecF{} : 1 / sum, s.row_inverse + i);
     for (int k = 0; k < kLanes && i + k < tokens.count; ++k) lse[tokens.first + tokens.index[i + k]] = line[k];
   }
 }
@@ -183,7 +185,7 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
   s.wide = column_sums(arena, e, s.width);
 
   float* rows = arena.take(count * (d > e ? d : e));
-  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, shape.scale * kLog2E, rows);
+  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, 1.0f, rows);
   pack_transposed(rows, count, d, s.k_panels);
   gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, 1.0f, rows);
   pack(rows, count, e, s.v_panels);
@@ -193,8 +195,10 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
     if (tokens.count == 0) continue;
     load_tile(q, job.q, tokens, d, s.q, q_row);
     load_tile(v_q, job.v_q, tokens, e, s.v, v_row);
+    prefetch_tile(q, job.q, begin + kTileTokens, end, d);
+    prefetch_tile(v_q, job.v_q, begin + kTileTokens, end, e);
     const auto scores = [&] {
-      product<false, false>(s.q, q_row, packed(s.k_panels, d), d, s.scores, s.width, tokens.rows(), s.vectors);
+      product(s.q, q_row, packed(s.k_panels, d), d, shape.scale * kLog2E, s.scores, s.width, tokens.rows(), s.vectors);
     };
     scores();
     bool wide = s.wide.used || !plain_tile(s, tokens.count);
@@ -204,12 +208,12 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
     }
     s.wide.used |= wide;
     s.plain.used |= !wide;
-    product<true, true>(s.v, v_row, plain(s.scores, s.width), tokens.count, (wide ? s.wide : s.plain).values, s.width,
-                        e, s.vectors);
-    product<false, false>(wide ? s.other : s.scores, s.width, packed(s.v_panels, count), count, s.out, v_row,
-                          tokens.rows(), e / kLanes);
+    add_transposed_product(s.v, v_row, plain(s.scores, s.width), tokens.count, (wide ? s.wide : s.plain).values,
+                           s.width, e, s.vectors);
+    product(wide ? s.other : s.scores, s.width, packed(s.v_panels, count), count, 1.0f, s.out, v_row, tokens.rows(),
+            e / kLanes);
     finish_rows(s, tokens, lse);
-    store_tile(s.out, v_row, tokens, e, out_q, job.out_q);
+    store_tile(s.out, v_row, tokens, s.row_inverse, e, out_q, job.out_q);
   }
   store_part(s, shape.m, job.partial + task * forward_partial(shape));
 }

@@ -9,10 +9,22 @@
 namespace bti_fast {
 namespace BTI_FAST_ISA {
 
+// t within -126..127, NaN as it is.
+BTI_FAST_INLINE VecF bounded(VecF t) {
+  const VecF low = splat<VecF>(-126.0f), high = splat<VecF>(127.0f);
+#if defined(__AVX512F__)
+  return bits_as<VecF>(_mm512_min_ps(bits_as<__m512>(high), _mm512_max_ps(bits_as<__m512>(low), bits_as<__m512>(t))));
+#elif defined(__AVX2__)
+  return bits_as<VecF>(_mm256_min_ps(bits_as<__m256>(high), _mm256_max_ps(bits_as<__m256>(low), bits_as<__m256>(t))));
+#else
+  t = t < low ? low : t;
+  return t > high ? high : t;
+#endif
+}
+
 // 2^t; t below -126 counts as -126 and above 127 as 127; NaN stays NaN (but for odd payloads). Error 1e-7, relative.
 BTI_FAST_INLINE VecF exp2_bounded(VecF t) {
-  t = t < -126.0f ? splat<VecF>(-126.0f) : t;
-  t = t > 127.0f ? splat<VecF>(127.0f) : t;
+  t = bounded(t);
   const VecF shifted = t + 12582912.0f;  // rounds to a whole number, left in the low bits
   const VecF f = t - (shifted - 12582912.0f);
   VecF p = splat<VecF>(1.326472728e-3f);
@@ -165,14 +177,21 @@ void load_tile(const T* from, const TokenView& view, const TileTokens& tokens, i
     for (int64_t c = 0; c < channels; ++c) tile[i * row + c] = 0.0f;
 }
 
+// The other way, token i times factor[i].
 template <typename T>
-void store_tile(const float* tile, int64_t row, const TileTokens& tokens, int64_t channels, T* to,
+void store_tile(float* tile, int64_t row, const TileTokens& tokens, const float* factor, int64_t channels, T* to,
                 const TokenView& view) {
   to += tokens.first * view.token;
+  if (view.channel != 1) {
+    for (int i = 0; i < tokens.count; ++i) {
+      float* p = tile + i * row;
+      for (int64_t c = 0; c < channels; c += kLanes) store_dense(load_dense(p + c) * factor[i], p + c);
+    }
+  }
   if (view.channel == 1) {
     for (int i = 0; i < tokens.count; ++i) {
       T* p = to + tokens.index[i] * view.token;
-      for (int64_t c = 0; c < channels; c += kLanes) store_dense(load_dense(tile + i * row + c), p + c);
+      for (int64_t c = 0; c < channels; c += kLanes) store_dense(load_dense(tile + i * row + c) * factor[i], p + c);
     }
   } else if (view.token == 1 && tokens.whole) {
     int i = 0;
@@ -190,6 +209,20 @@ void store_tile(const float* tile, int64_t row, const TileTokens& tokens, int64_
     for (int i = 0; i < tokens.count; ++i)
       for (int64_t c = 0; c < channels; ++c)
         narrow(tile[i * row + c], to + tokens.index[i] * view.token + c * view.channel);
+  }
+}
+
+// Asks for the part of the operand that the tile from token `first` on will load.
+template <typename T>
+BTI_FAST_INLINE void prefetch_tile(const T* from, const TokenView& view, int64_t first, int64_t end, int64_t channels) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t last = first + kTileTokens < end ? first + kTileTokens : end;
+  if (view.channel == 1) {
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(from + i * view.token + c);
+  } else if (view.token == 1) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = first; i < last; i += line) __builtin_prefetch(from + i + c * view.channel);
   }
 }
 

@@ -71,6 +71,7 @@ struct ProductInto {
   int64_t a_row;
   Panels b;
   int64_t depth;
+  float factor;
   float* c;
   int64_t c_row;
 
@@ -87,15 +88,20 @@ struct ProductInto {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store_dense(acc[r][v], out + r * c_row + v * kLanes);
+      for (int v = 0; v < V; ++v) store_dense(Add ? acc[r][v] : acc[r][v] * factor, out + r * c_row + v * kLanes);
   }
 };
 
-// C [rows, vectors] = A [rows, depth] B, or += with Add.
-template <bool Transposed, bool Add>
-__attribute__((noinline)) void product(const float* a, int64_t a_row, Panels b, int64_t depth, float* c, int64_t c_row,
-                                       int64_t rows, int64_t vectors) {
-  for_blocks(rows, vectors, ProductInto<Transposed, Add>{a, a_row, b, depth, c, c_row});
+// C [rows, vectors] = factor A B, A [rows, depth].
+inline __attribute__((noinline)) void product(const float* a, int64_t a_row, Panels b, int64_t depth, float factor, float* c,
+                                       int64_t c_row, int64_t rows, int64_t vectors) {
+  for_blocks(rows, vectors, ProductInto<false, false>{a, a_row, b, depth, factor, c, c_row});
+}
+
+// C [rows, vectors] += A' B, A [depth, rows].
+inline __attribute__((noinline)) void add_transposed_product(const float* a, int64_t a_row, Panels b, int64_t depth, float* c,
+                                                      int64_t c_row, int64_t rows, int64_t vectors) {
+  for_blocks(rows, vectors, ProductInto<true, true>{a, a_row, b, depth, 1.0f, c, c_row});
 }
 
 }  // namespace BTI_FAST_ISA

@@ -20,6 +20,13 @@ STABLE_TORCH_LIBRARY(bti_fast_cpu, m) {
   m.def(
       "task_interaction_backward(Tensor grad_x, Tensor grad_y, Tensor grad_gates, Tensor grad_signals, Tensor x,"
       " Tensor y, Tensor summary, Tensor[] weights, float tau, bool training) -> Tensor[]");
+  m.def(
+      "cross_attention(Tensor q, Tensor k, Tensor v_q, Tensor v_k, Tensor? q_mask, Tensor? k_mask, float scale)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_attention_backward(Tensor grad_out_q, Tensor grad_out_k, Tensor q, Tensor k, Tensor v_q, Tensor v_k,"
+      " Tensor out_q, Tensor out_k, Tensor row_lse, Tensor column_lse, Tensor? q_mask, Tensor? k_mask, float scale)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
@@ -29,4 +36,6 @@ STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
   m.impl("gated_fusion_backward", TORCH_BOX(&bti_fast::gated_fusion_backward));
   m.impl("task_interaction", TORCH_BOX(&bti_fast::task_interaction));
   m.impl("task_interaction_backward", TORCH_BOX(&bti_fast::task_interaction_backward));
+  m.impl("cross_attention", TORCH_BOX(&bti_fast::cross_attention));
+  m.impl("cross_attention_backward", TORCH_BOX(&bti_fast::cross_attention_backward));
 }
