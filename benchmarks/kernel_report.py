@@ -10,13 +10,11 @@ loads that its specimen promises.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +27,8 @@ from triton.runtime import jit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.kernel_specimens import SPECIMENS, Specimen  # noqa: E402
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -37,16 +37,7 @@ TARGETS = {
 }
 # Most shared memory that one block can have.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """One call of a launcher, on meta tensors; `wide_loads`: its fp32 loads must be of 16 bytes."""
-
-    operator: str
-    name: str
-    call: Callable[[], object]
-    wide_loads: bool = False
+TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|v_mfma)\w*")
 
 
 @dataclass
@@ -61,40 +52,14 @@ class Row:
     spills: int
     shared: int
     wide_loads: int
+    tensor_cores: int  # their instructions
+    occupancy: float  # share of the warps that the chip could hold, bounded by registers and shared memory
+    bytes: float  # read and written, each tensor once, for each element of the map
     problem: str | None = None
 
 
-def _meta(*shape, dtype=torch.float32, memory_format=torch.contiguous_format):
-    return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
-
-
-def entropy_uncertainty_specimens() -> list[Specimen]:
-    kernels = importlib.import_module("bti_fast.kernels.entropy_uncertainty")
-
-    def pair(name: str, logits, wide: bool = False) -> list[Specimen]:
-        u = torch.empty(logits.shape[:1] + logits.shape[2:], device="meta")
-        forward, backward = kernels.entropy_uncertainty, kernels.entropy_uncertainty_backward
-        return [
-            Specimen("entropy_uncertainty", f"forward {name}", lambda: forward(logits), wide),
-            Specimen("entropy_uncertainty", f"backward {name}", lambda: backward(u, logits), wide),
-        ]
-
-    last = torch.channels_last
-    return [
-        *pair("K=1 fp32", _meta(8, 1, 224, 224), wide=True),
-        *pair("K=4 fp32", _meta(8, 4, 224, 224), wide=True),
-        *pair("K=4 bf16", _meta(8, 4, 224, 224, dtype=torch.bfloat16)),
-        *pair("K=4 fp32 channels_last", _meta(8, 4, 224, 224, memory_format=last)),
-        *pair("K=19 fp16 odd size", _meta(3, 19, 7, 5, dtype=torch.float16)),
-        *pair("K=2 fp32 beyond 2^31", _meta(2100, 2, 1024, 1024), wide=True),
-    ]
-
-
-SPECIMENS: dict[str, Callable[[], list[Specimen]]] = {"entropy_uncertainty": entropy_uncertainty_specimens}
-
-
 @contextmanager
-def _intercepted_launches():
+def intercepted_launches():
     """Within: nothing is launched; yields the list of (kernel, arguments, keywords) that would have been."""
     launches = []
     original = jit.JITFunction.run
@@ -124,8 +89,8 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _nvidia_usage(cubin: bytes) -> tuple[int, int, int]:
-    """(registers, spill instructions, 16-byte global loads) of a cubin."""
+def _nvidia_usage(cubin: bytes) -> tuple[int, int, int, int]:
+    """(registers, spill instructions, 16-byte global loads, tensor-core instructions) of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -135,18 +100,39 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int, int]:
         raise RuntimeError(f"cuobjdump or nvdisasm failed: {(usage.stderr + sass.stderr).strip()}")
     registers = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
     spills = len(re.findall(r"\b(?:STL|LDL)\b", sass.stdout))
-    wide = len(re.findall(r"\bLDG\.E\S*\.128\b", sass.stdout))
-    return int(registers[1]), spills, wide
+    wide = len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128\b", sass.stdout))
+    return int(registers[1]), spills, wide, len(TENSOR_CORES.findall(sass.stdout))
 
 
-def _amd_usage(text: str) -> tuple[int, int, int]:
-    """(vector registers, spilled registers, 16-byte global loads) of AMD assembly."""
+def _amd_usage(text: str) -> tuple[int, int, int, int]:
+    """(vector registers, spilled registers, 16-byte global loads, tensor-core instructions) of assembly."""
 
     def number(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
 
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return number("vgpr_count"), spills, len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text))
+    # Scalar registers spill into lanes of vector registers, not into memory.
+    wide = len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text))
+    return number("vgpr_count"), number("vgpr_spill_count"), wide, len(TENSOR_CORES.findall(text))
+
+
+def occupancy(target: str, warps: int, registers: int, shared: int) -> float:
+    """Share of the warps that a multiprocessor could hold, as registers and shared memory bound it."""
+    if target == "gfx942":
+        waves = min(8, 512 // max(-(-registers // 8) * 8, 1)) * 4  # of 64, on 4 units of 512 registers a lane
+        blocks = min(waves // warps, 64 * 1024 // max(shared, 1))
+        return min(blocks * warps / 32, 1.0)
+    per_warp = -(-registers * 32 // 256) * 256
+    blocks = min(64 // warps, 65536 // (per_warp * warps), (SHARED_LIMIT[target] + 1024) // (shared + 1024))
+    return blocks * warps / 64
+
+
+def traffic(kernel, args: tuple) -> tuple[int, int]:
+    """(bytes of all tensors that this launch reads or writes, elements of the map that it works on)."""
+    named = zip(kernel.arg_names, args, strict=False)  # the constants come by keyword
+    tensors = {name: value for name, value in named if isinstance(value, torch.Tensor)}
+    total = sum(value.numel() * value.element_size() for value in tensors.values())
+    main = tensors.get("x", next(iter(tensors.values())))
+    return total, main.numel()
 
 
 def report(
@@ -161,7 +147,7 @@ def report(
         for specimen in SPECIMENS[operator]():
             if not re.search(specimens, specimen.name):
                 continue
-            with _intercepted_launches() as launches:
+            with intercepted_launches() as launches:
                 specimen.call()
             for target in targets or TARGETS:
                 for kernel, args, kwargs in launches:
@@ -170,21 +156,39 @@ def report(
 
 
 def _row(specimen: Specimen, kernel, args, kwargs, target: str) -> Row:
+    if target == "gfx942" and "PRECISION" in kwargs:
+        kwargs = {**kwargs, "PRECISION": "ieee"}  # what the kernels choose under ROCm
     compiled = compile_launch(kernel, args, kwargs, TARGETS[target])
-    nvidia = "cubin" in compiled.asm
-    registers, spills, wide = (
-        _nvidia_usage(compiled.asm["cubin"]) if nvidia else _amd_usage(compiled.asm["amdgcn"])
-    )
+    if "cubin" in compiled.asm:
+        registers, spills, wide, cores = _nvidia_usage(compiled.asm["cubin"])
+    else:
+        registers, spills, wide, cores = _amd_usage(compiled.asm["amdgcn"])
     shared = compiled.metadata.shared
+    reads_map = "X_ALIGN" in kwargs or specimen.operator == "entropy_uncertainty"
     problem = None
     if spills:
         problem = "spills registers"
     elif shared > SHARED_LIMIT[target]:
         problem = f"needs {shared} bytes of shared memory, the chip has {SHARED_LIMIT[target]}"
-    elif specimen.wide_loads and not wide:
+    elif specimen.wide_loads and reads_map and not wide:
         problem = "no 16-byte loads"
-    name = kernel.__name__
-    return Row(specimen.operator, specimen.name, name, target, registers, spills, shared, wide, problem)
+    elif "PRECISION" in kwargs and not cores:
+        problem = "no tensor cores"
+    moved, elements = traffic(kernel, args)
+    return Row(
+        specimen.operator,
+        specimen.name,
+        kernel.__name__.removesuffix("_kernel"),
+        target,
+        registers,
+        spills,
+        shared,
+        wide,
+        cores,
+        occupancy(target, compiled.metadata.num_warps, registers, shared),
+        moved / elements,
+        problem,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -195,11 +199,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     chosen = parser.parse_args(arguments)
     rows = report(chosen.operator, chosen.target, chosen.specimen)
-    header = f"{'operator':20} {'specimen':34} {'kernel':16} {'target':7}"
-    print(f"{header} {'reg':>4} {'spill':>5} {'shared':>7} {'16B':>4}")
+    header = f"{'operator':20} {'specimen':32} {'kernel':16} {'target':7}"
+    print(f"{header} {'reg':>4} {'spill':>5} {'shared':>7} {'16B':>4} {'mma':>4} {'occ':>4} {'B/elem':>6}")
     for r in rows:
-        numbers = f"{r.registers:4} {r.spills:5} {r.shared:7} {r.wide_loads:4}"
-        print(f"{r.operator:20} {r.specimen:34} {r.kernel:16} {r.target:7} {numbers}  {r.problem or ''}")
+        numbers = f"{r.registers:4} {r.spills:5} {r.shared:7} {r.wide_loads:4} {r.tensor_cores:4}"
+        bounds = f"{r.occupancy:4.0%} {r.bytes:6.2f}"
+        name = f"{r.operator:20} {r.specimen:32} {r.kernel:16} {r.target:7}"
+        print(f"{name} {numbers} {bounds}  {r.problem or ''}")
     if chosen.json:
         chosen.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     return 1 if any(r.problem for r in rows) else 0

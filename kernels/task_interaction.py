@@ -352,18 +352,16 @@ def input_gradient_kernel(
 ):
     WORDS: tl.constexpr = BLOCK_P // 32
     parts: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    chunks: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
     part = tl.program_id(0) % parts
-    split = tl.program_id(0) // parts
+    chunk = (tl.program_id(0) // parts) % chunks  # of the rows of grad W1 added up here; 0 writes grad x
+    split = tl.program_id(0) // (parts * chunks)
     if WIDE:
         split = split.to(tl.int64)
     positions = positions * P_ALIGN
     share = 1.0 / positions
     c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < CHANNELS
-    h = tl.arange(0, BLOCK_H)
-    known_h = h < HIDDEN
-    w_at = h[:, None] * CHANNELS + c[None, :]
-    w_mask = known_h[:, None] & known[None, :]
     weight_grad = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
     bias_grad = tl.zeros([BLOCK_H], tl.float32)
     # A while loop: the interpreter of this Triton cannot count to a bound that is not a constant.
@@ -374,64 +372,74 @@ def input_gradient_kernel(
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = p < positions
         mask = known[:, None] & inside[None, :]
-        at = map_offsets(b, c[:, None], p[None, :], size2, size3, xb, xc, x1, x2, x3, X_FORMAT, X_ALIGN)
-        grad_at = map_offsets(b, c[:, None], p[None, :], size2, size3, gb, gc, g1, g2, g3, G_FORMAT, G_ALIGN)
-        to = map_offsets(b, c[:, None], p[None, :], size2, size3, ob, oc, o1, o2, o3, O_FORMAT, O_ALIGN)
-        v = tl.load(x + at, mask=mask, other=0.0)
-        g = tl.load(grad + grad_at, mask=mask, other=0.0).to(tl.float32)
-
-        word = tile * WORDS + tl.arange(0, WORDS)
-        word_at = (b * HIDDEN + h[:, None]) * words + word[None, :]
-        packed = tl.load(signs + word_at, mask=known_h[:, None] & (word < words)[None, :], other=0)
-        bits = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-        active = tl.reshape(bits, [BLOCK_H, BLOCK_P]).to(tl.float32).to(v.dtype)
         mine = summary_grad + b * (CHANNELS + HIDDEN + 1)
-        by_hidden = tl.load(mine + CHANNELS + h, mask=known_h, other=0.0)
-        # Brought to magnitude 1, lest half precision lose it; put back after the product.
-        size = tl.max(tl.abs(by_hidden), 0)
-        size = tl.where(size > 0, size, 1.0)
-        w = tl.load(weight + w_at, mask=w_mask, other=0.0).to(tl.float32) * (by_hidden / size)[:, None]
-        w = narrow(w, v.dtype, INTERPRET)
-        out = product(
-            tl.trans(w), active, tl.zeros([BLOCK_C, BLOCK_P], tl.float32), PRECISION, INTERPRET
-        ) * (size * share)
-        by_mean = tl.load(mine + c, mask=known, other=0.0) * share
-        factor = 1.0 + tl.load(scale + b * CHANNELS + c, mask=known, other=0.0)
-        out += g * factor[:, None] + by_mean[:, None]
-        if AXES > 0:
-            value = v.to(tl.float32)
-            column = p % columns
-            right = known[:, None] & (inside & (column < columns - 1))[None, :]
-            left = known[:, None] & (inside & (column > 0))[None, :]
-            slope = -sign(difference(x, at, step3, value, right))
-            slope -= sign(difference(x, at, -step3, value, left))
-            if AXES > 1:
-                if AXES == 2:
-                    below = p < edge * EDGE_ALIGN
-                    above = inside & (p >= columns)
-                else:
-                    line = (p // columns) % rows
-                    below = inside & (line < rows - 1)
-                    above = inside & (line > 0)
-                slope -= sign(difference(x, at, step2 * EDGE_ALIGN, value, known[:, None] & below[None, :]))
-                slope -= sign(difference(x, at, -step2 * EDGE_ALIGN, value, known[:, None] & above[None, :]))
-            if AXES > 2:
-                plane = rows * columns
-                behind = known[:, None] & (p < positions - plane)[None, :]
-                before = known[:, None] & (inside & (p >= plane))[None, :]
-                slope -= sign(difference(x, at, step1, value, behind))
-                slope -= sign(difference(x, at, -step1, value, before))
-            out += slope * (tl.load(mine + CHANNELS + HIDDEN) * share / CHANNELS)
-        tl.store(grad_x + to, narrow(out, grad_x.dtype.element_ty, INTERPRET), mask=mask)
-
-        zero = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-        seen = product(active, tl.trans(v), zero, PRECISION, INTERPRET)
-        weight_grad += seen * (by_hidden * share)[:, None]
-        if part == 0:
-            bias_grad += tl.sum(active.to(tl.float32), 1) * (by_hidden * share)
+        word = tile * WORDS + tl.arange(0, WORDS)
+        at = map_offsets(b, c[:, None], p[None, :], size2, size3, xb, xc, x1, x2, x3, X_FORMAT, X_ALIGN)
+        v = tl.load(x + at, mask=mask, other=0.0)
+        out = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+        for k in range(0, chunks):
+            if (chunk == 0) | (chunk == k):
+                h = k * BLOCK_H + tl.arange(0, BLOCK_H)
+                known_h = h < HIDDEN
+                word_at = (b * HIDDEN + h[:, None]) * words + word[None, :]
+                packed = tl.load(signs + word_at, mask=known_h[:, None] & (word < words)[None, :], other=0)
+                bits = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+                active = tl.reshape(bits, [BLOCK_H, BLOCK_P]).to(tl.float32).to(v.dtype)
+                by_hidden = tl.load(mine + CHANNELS + h, mask=known_h, other=0.0)
+                if chunk == 0:
+                    # Brought to magnitude 1, lest half precision lose it; put back after the product.
+                    size = tl.max(tl.abs(by_hidden), 0)
+                    size = tl.where(size > 0, size, 1.0)
+                    w_at = h[:, None] * CHANNELS + c[None, :]
+                    w = tl.load(weight + w_at, mask=known_h[:, None] & known[None, :], other=0.0)
+                    w = narrow(w.to(tl.float32) * (by_hidden / size)[:, None], v.dtype, INTERPRET)
+                    zero = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+                    out += product(tl.trans(w), active, zero, PRECISION, INTERPRET) * (size * share)
+                if chunk == k:
+                    zero = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+                    seen = product(active, tl.trans(v), zero, PRECISION, INTERPRET)
+                    weight_grad += seen * (by_hidden * share)[:, None]
+                    bias_grad += tl.sum(active.to(tl.float32), 1) * (by_hidden * share)
+        if chunk == 0:
+            grad_at = map_offsets(
+                b, c[:, None], p[None, :], size2, size3, gb, gc, g1, g2, g3, G_FORMAT, G_ALIGN
+            )
+            to = map_offsets(b, c[:, None], p[None, :], size2, size3, ob, oc, o1, o2, o3, O_FORMAT, O_ALIGN)
+            g = tl.load(grad + grad_at, mask=mask, other=0.0).to(tl.float32)
+            factor = 1.0 + tl.load(scale + b * CHANNELS + c, mask=known, other=0.0)
+            out += g * factor[:, None]
+            out += (tl.load(mine + c, mask=known, other=0.0) * share)[:, None]
+            if AXES > 0:
+                value = v.to(tl.float32)
+                column = p % columns
+                right = known[:, None] & (inside & (column < columns - 1))[None, :]
+                left = known[:, None] & (inside & (column > 0))[None, :]
+                slope = -sign(difference(x, at, step3, value, right))
+                slope -= sign(difference(x, at, -step3, value, left))
+                if AXES > 1:
+                    if AXES == 2:
+                        below = p < edge * EDGE_ALIGN
+                        above = inside & (p >= columns)
+                    else:
+                        line = (p // columns) % rows
+                        below = inside & (line < rows - 1)
+                        above = inside & (line > 0)
+                    down = step2 * EDGE_ALIGN
+                    slope -= sign(difference(x, at, down, value, known[:, None] & below[None, :]))
+                    slope -= sign(difference(x, at, -down, value, known[:, None] & above[None, :]))
+                if AXES > 2:
+                    plane = rows * columns
+                    behind = known[:, None] & (p < positions - plane)[None, :]
+                    before = known[:, None] & (inside & (p >= plane))[None, :]
+                    slope -= sign(difference(x, at, step1, value, behind))
+                    slope -= sign(difference(x, at, -step1, value, before))
+                out += slope * (tl.load(mine + CHANNELS + HIDDEN) * share / CHANNELS)
+            tl.store(grad_x + to, narrow(out, grad_x.dtype.element_ty, INTERPRET), mask=mask)
         item += splits
+    h = chunk * BLOCK_H + tl.arange(0, BLOCK_H)
+    known_h = h < HIDDEN
     line_at = (split * HIDDEN + h) * (CHANNELS + 1)
-    tl.store(partial + line_at[:, None] + c[None, :], weight_grad, mask=w_mask)
+    tl.store(partial + line_at[:, None] + c[None, :], weight_grad, mask=known_h[:, None] & known[None, :])
     if part == 0:
         tl.store(partial + line_at + CHANNELS, bias_grad, mask=known_h)
 
@@ -463,6 +471,20 @@ def dot_shape(x: Tensor, hidden: int, elements: int, waves: int) -> tuple[int, i
     return block_h, block_c, block_p
 
 
+def gradient_shape(x: Tensor, hidden: int) -> tuple[int, int, int]:
+    """(BLOCK_H, BLOCK_C, BLOCK_P) of the pass that writes grad x: what the registers of 8 warps hold."""
+    block_h = power_of_two(hidden, 16)
+    block_c, block_p = 64, 64
+    if x.element_size() == 4:
+        block_h, block_p = min(block_h, 32), 32
+    elif block_h > 64:
+        block_h, block_c = 128, 32
+    if x.device.type == "cpu":
+        block_p = 128  # the interpreter has no registers to spare, and takes its time by the tile
+    block_c = min(block_c, power_of_two(x.shape[1], 16))
+    return block_h, block_c, min(block_p, power_of_two(positions_of(x), 32))
+
+
 def sum_rows(partial: Tensor, scale: float = 1.0, last_scale: float = 1.0) -> Tensor:
     """Sums over axis 1 of partial (B, rows, columns), times scale, the last column times last_scale."""
     batch, rows, columns = partial.shape
@@ -490,7 +512,7 @@ def statistics(x: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
     hidden = conv_weight.shape[0]
     positions = positions_of(x)
     size2, size3, (mx,) = maps_of([(x, True)])
-    block_h, block_c, block_p = dot_shape(x, hidden, elements=16384, waves=2)
+    block_h, block_c, block_p = dot_shape(x, hidden, elements=16384, waves=1)
     tiles = triton.cdiv(positions, block_p)
     partial = x.new_empty((batch, tiles, channels + hidden + 1), dtype=torch.float32)
     integers, constants = neighbours(x)
@@ -566,7 +588,7 @@ def reduce_gradient(
     hidden = conv_weight.shape[0]
     positions = positions_of(x)
     size2, size3, (mg, mx) = maps_of([(grad_x_out, True), (x, True)])
-    block_h, block_c, block_p = dot_shape(x, hidden, elements=16384, waves=2)
+    block_h, block_c, block_p = dot_shape(x, hidden, elements=16384, waves=1)
     tiles = triton.cdiv(positions, block_p)
     partial = x.new_empty((batch, tiles, channels), dtype=torch.float32)
     signs = torch.empty((batch, hidden, tiles * block_p // 32), dtype=torch.int32, device=x.device)
@@ -617,17 +639,16 @@ def input_gradient(
     positions = positions_of(x)
     grad_x = torch.empty_like(x)
     size2, size3, (mg, mx, mo) = maps_of([(grad_x_out, True), (x, True), (grad_x, True)])
-    block_h = power_of_two(hidden, 16)
-    block_c = min(power_of_two(channels, 16), max(8192 // block_h, 16), 64)
-    block_p = min(max(8192 // block_h, 32), 128, power_of_two(positions, 32))
+    block_h, block_c, block_p = gradient_shape(x, hidden)
     tiles = triton.cdiv(positions, block_p)
     parts = triton.cdiv(channels, block_c)
-    splits = max(min(2 * multiprocessors(x.device) // parts, batch * tiles), 1)
+    chunks = triton.cdiv(hidden, block_h)
+    splits = max(min(2 * multiprocessors(x.device) // (parts * chunks), batch * tiles), 1)
     partial = x.new_empty((1, splits, hidden * (channels + 1)), dtype=torch.float32)
     integers, constants = neighbours(x)
     p_align = divisor(positions)
     spans = mg.span, mx.span, mo.span, partial.numel(), signs.numel()
-    input_gradient_kernel[(parts * splits,)](
+    input_gradient_kernel[(parts * chunks * splits,)](
         grad_x_out,
         x,
         conv_weight.contiguous(),
@@ -663,7 +684,7 @@ def input_gradient(
         BLOCK_H=block_h,
         BLOCK_C=block_c,
         BLOCK_P=block_p,
-        num_warps=8 if block_h * block_c > 2048 else 4,
+        num_warps=8,
         num_stages=1,
     )
     both = sum_rows(partial).view(hidden, channels + 1)
