@@ -7,13 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bti_fast.ops.backends import no_limits, reference_backend
+from bti_fast.ops.backends import (
+    compiled_backend,
+    narrower_than_float64,
+    no_limits,
+    reference_backend,
+)
 from bti_fast.ops.checks import check_device, check_rank, check_shape, check_tensor
 from bti_fast.ops.dispatch import Backend, Operator, like
 from bti_fast.ops.sdpa import sdpa_cross_attention, sdpa_cross_attention_backward
 from bti_fast.reference import cross_attention as reference
 from bti_fast.reference import cross_attention_backward as reference_backward
 from bti_fast.reference.numerics import accumulate_dtype
+
+HEAD_DIMS = (16, 32, 64, 128)  # of the compiled kernels
+MOST_CLASS_TOKENS = 256
 
 
 class CrossAttention(NamedTuple):
@@ -50,6 +58,17 @@ def _in_layout(forward, backward):
     return run, run_backward
 
 
+def _limits(q, k, v_q, v_k, *rest) -> str | None:
+    """What the compiled kernels leave to sdpa: head dimensions that fill no register, M beyond one tile."""
+    for name, value in (("q", q), ("v_k", v_k)):
+        if value.shape[3] not in HEAD_DIMS:
+            dims = ", ".join(map(str, HEAD_DIMS))
+            return f"{name} has head dimension {value.shape[3]}, the fused kernel has {dims}"
+    if k.shape[2] > MOST_CLASS_TOKENS:
+        return f"k has {k.shape[2]} tokens, the fused kernel takes up to {MOST_CLASS_TOKENS}"
+    return narrower_than_float64(q)
+
+
 OPERATOR = Operator(
     name="cross_attention",
     schema="(Tensor q, Tensor k, Tensor v_q, Tensor v_k, Tensor? q_mask, Tensor? k_mask, float scale)"
@@ -65,6 +84,7 @@ OPERATOR = Operator(
     differentiable=2,
 )
 OPERATOR.add(reference_backend(*_in_layout(reference, reference_backward)))
+OPERATOR.add(compiled_backend("cpu", "cross_attention", _limits))
 OPERATOR.add(Backend("sdpa", no_limits, *_in_layout(sdpa_cross_attention, sdpa_cross_attention_backward)))
 
 
