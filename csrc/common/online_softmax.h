@@ -1,5 +1,5 @@
 // The algebra of a softmax whose terms arrive in parts, shared by the CPU and CUDA kernels: a part holds its peak, its
-// sum of 2^(t - peak), and whatever was accumulated with the same weights. Scores are in base 2: t = s * log2(e).
+// sum of e^(score - peak), and whatever was accumulated with the same weights.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -11,7 +11,6 @@
 namespace bti_fast {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kNothing = -__builtin_inff();  // peak, and log-sum-exp, of no terms at all
 
 // A peak that can be subtracted: where there are no terms, or only terms of weight zero, any finite one will do.
@@ -26,10 +25,10 @@ BTI_FAST_SOFTMAX S softmax_peak(S one, S two) {
   return one > two ? one : two;
 }
 
-// Weight of a part with this peak within a whole whose peak is `total`; Exp2 is the caller's 2^x for x <= 0.
-template <typename S, typename Exp2>
-BTI_FAST_SOFTMAX S softmax_weight(S peak, S total, Exp2 exp2) {
-  return peak == -__builtin_inff() ? S(0) : exp2(peak - softmax_shift(total));
+// Weight of a part with this peak within a whole whose peak is `total`; Exp is the caller's e^x for x <= 0.
+template <typename S, typename Exp>
+BTI_FAST_SOFTMAX S softmax_weight(S peak, S total, Exp exp) {
+  return peak == -__builtin_inff() ? S(0) : exp(peak - softmax_shift(total));
 }
 
 // 1 / sum, and 0 where there was nothing to sum: such a row attends to nothing and gives zeros.

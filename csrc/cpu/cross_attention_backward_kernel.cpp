@@ -1,7 +1,7 @@
-// Backward sweep of cross_attention over one split of the dense tokens. With P = 2^(t - lse) of either direction:
+// Backward sweep of cross_attention over one split of the dense tokens. With P = e^(s - lse) of either direction:
 //   dS = P_row (dO_q v_k' - mean_row) + P_col (v_q dO_k' - mean_col),   mean = sum over channels of dO * O
 //   dv_k += P_row' dO_q    dv_q = P_col dO_k    dq = scale dS k    dk += scale dS' q
-// Ordinary log-sum-exps ("plain" splits): with E = 2^t, a = e^-lse_row and b = e^-lse_col, P_row = a E and P_col = b E;
+// Ordinary log-sum-exps ("plain" splits): with E = e^s, a = e^-lse_row and b = e^-lse_col, P_row = a E and P_col = b E;
 // a goes into dO_q and mean_row, b into dO_k and mean_col, so that one exponential and one chain of products give
 //   dS = E ((a dO_q) v_k' + v_q (b dO_k)' - a mean_row - b mean_col).
 // Other splits ("wide") form both P.
@@ -22,7 +22,7 @@ struct Sweep {
   float *k_transposed, *k, *v_transposed;  // panels
   float *grad_transposed, *grad_panels;    // panels of dO_k, times b in plain splits
   float *column_mean;                      // mean_col, times b in plain splits
-  float *column_shift, *column_inverse;    // wide splits: P_col = 2^(t - shift) inverse
+  float *column_shift, *column_inverse;    // wide splits: P_col = e^(s - shift) inverse
   float *sum_k, *sum_v;                    // dk / scale [d, width] and dv_k [e, width]
   float row_mean[kTileTokens];
 };
@@ -101,14 +101,14 @@ __attribute__((noinline)) void wide_gradient(const Sweep& s, int rows) {
     const float shift = softmax_shift(peak);
     VecF sum{};
     for (int64_t v = 0; v <= last; v += kLanes) {
-      const VecF y = exp2_exact(load_dense(x + v) - shift);
+      const VecF y = exp_exact(load_dense(x + v) - shift);
       store_dense(y, p + v);
       sum += y;
     }
     const float inverse = softmax_inverse(lane_sum(sum));
     for (int64_t v = 0; v <= last; v += kLanes) {
       store_dense(load_dense(p + v) * inverse, p + v);
-      const VecF y = exp2_exact(load_dense(x + v) - load_dense(s.column_shift + v));
+      const VecF y = exp_exact(load_dense(x + v) - load_dense(s.column_shift + v));
       store_dense(y * load_dense(s.column_inverse + v), x + v);
     }
   }
@@ -162,9 +162,9 @@ void pack_class_side(const CrossBackward& job, Sweep& s, int64_t batch, int64_t 
   const bool exact = job.column_exact != nullptr && !plain_columns(s.columns, lse);
   const float* peak = exact ? job.column_exact + (batch * job.shape.heads + head) * 2 * job.shape.m : nullptr;
   for (int64_t j = 0; j < count; ++j) {
-    const float t = lse[s.columns.index[j]] * kLog2E;
-    const float b = s.plain ? exp2_exact(-t) : 1.0f;
-    s.column_shift[j] = exact ? softmax_shift(peak[j]) : t;
+    const float whole = lse[s.columns.index[j]];
+    const float b = s.plain ? exp_exact(-whole) : 1.0f;
+    s.column_shift[j] = softmax_shift(exact ? peak[j] : whole);
     s.column_inverse[j] = exact ? softmax_inverse(peak[job.shape.m + j]) : 1.0f;
     float mean = 0.0f;
     for (int64_t c = 0; c < e; ++c) {
@@ -249,8 +249,8 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
     prefetch_tile(at<const T>(job.grad_out_q, batch, head), job.grad_out_q, begin + kTileTokens, end, e);
     prefetch_tile(at<const T>(job.out_q, batch, head), job.out_q, begin + kTileTokens, end, e);
     row_factors(s, tokens, row_lse);
-    product(s.q, q_row, packed(s.k_transposed, d), d, shape.scale * kLog2E, s.scores, s.width, tokens.rows(),
-            s.vectors);
+    product(s.q, q_row, packed(s.k_transposed, d), d, s.plain ? shape.scale * kLog2E : shape.scale, s.scores, s.width,
+            tokens.rows(), s.vectors);
     if (s.plain) {
       plain_gradient(s, tokens.rows());
     } else {
@@ -303,7 +303,7 @@ void columns_split(const CrossBackward& job, int64_t task, float* scratch) {
   for (int64_t begin = first; begin < end; begin += kTileTokens) {
     const TileTokens tokens = tile_tokens(shape.q_mask, batch, begin, end);
     load_tile(at<const T>(job.q, batch, head), job.q, tokens, d, q, q_row);
-    product(q, q_row, packed(panels, d), d, shape.scale * kLog2E, scores, width, tokens.rows(), vectors);
+    product(q, q_row, packed(panels, d), d, shape.scale, scores, width, tokens.rows(), vectors);
     for (int64_t v = 0; v < vectors * kLanes; v += kLanes) {
       const VecF old = load_dense(peaks + v);
       VecF peak = old, sum{};
@@ -312,8 +312,8 @@ void columns_split(const CrossBackward& job, int64_t task, float* scratch) {
         peak = t > peak ? t : peak;
       }
       const VecF shift = peak == kNothing ? VecF{} : peak;
-      for (int i = 0; i < tokens.count; ++i) sum += exp2_exact(load_dense(scores + i * width + v) - shift);
-      const VecF weight = old == kNothing ? VecF{} : exp2_exact(old - shift);
+      for (int i = 0; i < tokens.count; ++i) sum += exp_exact(load_dense(scores + i * width + v) - shift);
+      const VecF weight = old == kNothing ? VecF{} : exp_exact(old - shift);
       store_dense(load_dense(sums + v) * weight + sum, sums + v);
       store_dense(peak, peaks + v);
     }
@@ -337,7 +337,7 @@ void columns_combine(const CrossBackward& job, int64_t index) {
     for (int64_t s = 0; s < shape.splits; ++s) total = softmax_peak(parts[s * stride + j], total);
     for (int64_t s = 0; s < shape.splits; ++s)
       sum += parts[s * stride + m + j] *
-             softmax_weight(parts[s * stride + j], total, [](float x) { return exp2_exact(x); });
+             softmax_weight(parts[s * stride + j], total, [](float x) { return exp_exact(x); });
     exact[j] = total;
     exact[m + j] = sum;
   }

@@ -1,6 +1,6 @@
 // Forward sweep of cross_attention over one split of the dense tokens, tile by tile of S (tokens x class tokens).
 //
-// Ordinary logits ("plain" tiles): E = 2^t serves both softmaxes, relative to a peak of 0. A tile is plain when the sum
+// Ordinary logits ("plain" tiles): E = e^s, as 2^(s log2 e), serves both softmaxes, relative to a peak of 0. A tile is plain when the sum
 // of each of its rows and columns lies in 2^-58..2^58: then no term that matters was lost to the ends of the exponent.
 // Other tiles ("wide"): each row has its own peak, each column a running one. Once a split has met a wide tile it
 // expects more, so the plain attempt is dropped. The choice depends on the numbers alone, never on threads.
@@ -26,7 +26,7 @@ struct Sweep {
   Columns columns;
   VecF inside;  // of the last vector of columns: 1 where there is one, 0 beyond
   float *scores, *other, *q, *v, *out, *k_panels, *v_panels, *tile_sum;
-  float row_sum[kTileTokens], row_shift[kTileTokens], row_inverse[kTileTokens];  // shift in base 2
+  float row_sum[kTileTokens], row_shift[kTileTokens], row_inverse[kTileTokens];
   ColumnSums plain, wide;
 };
 
@@ -85,7 +85,7 @@ void wide_tile(Sweep& s, int count) {
     const float shift = softmax_shift(peak);
     VecF sum{};
     for (int64_t v = 0; v <= last; v += kLanes) {
-      const VecF y = exp2_exact(load_dense(x + v) - shift);
+      const VecF y = exp_exact(load_dense(x + v) - shift);
       store_dense(y, s.other + i * s.width + v);
       sum += y;
     }
@@ -97,7 +97,7 @@ void wide_tile(Sweep& s, int count) {
     VecF peak = old;
     for (int i = 0; i < count; ++i) peak = peak_of(load_dense(s.scores + i * s.width + v), peak);
     const VecF shift = shift_of(peak);
-    const VecF weight = old == kNothing ? VecF{} : exp2_exact(old - shift);
+    const VecF weight = old == kNothing ? VecF{} : exp_exact(old - shift);
     store_dense(peak, s.wide.peak + v);
     for (int64_t c = 0; c < s.e; ++c) {
       float* p = s.wide.values + c * s.width + v;
@@ -106,7 +106,7 @@ void wide_tile(Sweep& s, int count) {
     VecF sum = load_dense(s.wide.sum + v) * weight;
     for (int i = 0; i < count; ++i) {
       float* p = s.scores + i * s.width + v;
-      const VecF y = exp2_exact(load_dense(p) - shift);
+      const VecF y = exp_exact(load_dense(p) - shift);
       store_dense(y, p);
       sum += y;
     }
@@ -118,7 +118,7 @@ void finish_rows(Sweep& s, const TileTokens& tokens, float* lse) {
   for (int i = 0; i < tokens.count; i += kLanes) {
     float line[kLanes];
     const VecF sum = load_dense(s.row_sum + i);
-    store_dense(log_positive(sum) + load_dense(s.row_shift + i) * kLn2, line);
+    store_dense(log_positive(sum) + load_dense(s.row_shift + i), line);
     store_dense(sum == 0 ? VecF{} : 1 / sum, s.row_inverse + i);
     for (int k = 0; k < kLanes && i + k < tokens.count; ++k) lse[tokens.first + tokens.index[i + k]] = line[k];
   }
@@ -140,8 +140,8 @@ void store_part(const Sweep& s, int64_t m, float* part) {
   for (int64_t j = 0; j < s.columns.count; ++j) {
     const float one = s.plain.used ? 0.0f : kNothing, two = s.wide.peak[j];
     const float total = softmax_peak(one, two);
-    const float w1 = softmax_weight(one, total, [](float x) { return exp2_exact(x); });
-    const float w2 = softmax_weight(two, total, [](float x) { return exp2_exact(x); });
+    const float w1 = softmax_weight(one, total, [](float x) { return exp_exact(x); });
+    const float w2 = softmax_weight(two, total, [](float x) { return exp_exact(x); });
     peak[j] = total;
     sum[j] = s.wide.used ? w1 * s.plain.sum[j] + w2 * s.wide.sum[j] : s.plain.sum[j];
     for (int64_t c = 0; c < s.e; ++c) {
@@ -197,13 +197,16 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
     load_tile(v_q, job.v_q, tokens, e, s.v, v_row);
     prefetch_tile(q, job.q, begin + kTileTokens, end, d);
     prefetch_tile(v_q, job.v_q, begin + kTileTokens, end, e);
-    const auto scores = [&] {
-      product(s.q, q_row, packed(s.k_panels, d), d, shape.scale * kLog2E, s.scores, s.width, tokens.rows(), s.vectors);
+    const auto scores = [&](float factor) {
+      product(s.q, q_row, packed(s.k_panels, d), d, factor, s.scores, s.width, tokens.rows(), s.vectors);
     };
-    scores();
-    bool wide = s.wide.used || !plain_tile(s, tokens.count);
+    bool wide = s.wide.used;
+    if (!wide) {
+      scores(shape.scale * kLog2E);
+      wide = !plain_tile(s, tokens.count);
+    }
     if (wide) {
-      if (!s.wide.used) scores();
+      scores(shape.scale);
       wide_tile(s, tokens.count);
     }
     s.wide.used |= wide;
@@ -267,7 +270,7 @@ void combine_head(const CrossForward& job, int64_t index) {
   for (int64_t s = 0; s < shape.splits; ++s) {
     const float* from = parts + s * part;
     for (int64_t j = 0; j < columns.count; ++j) {
-      weight[j] = softmax_weight(from[j], total[j], [](float x) { return exp2_exact(x); });
+      weight[j] = softmax_weight(from[j], total[j], [](float x) { return exp_exact(x); });
       sum[j] += weight[j] * from[m + j];
     }
     for (int64_t c = 0; c < shape.e; ++c) {
@@ -278,7 +281,7 @@ void combine_head(const CrossForward& job, int64_t index) {
   }
   for (int64_t j = 0; j < columns.count; ++j) {
     const float inverse = softmax_inverse(sum[j]);
-    lse[columns.index[j]] = log_positive(sum[j]) + softmax_shift(total[j]) * kLn2;
+    lse[columns.index[j]] = log_positive(sum[j]) + softmax_shift(total[j]);
     T* to = out + columns.index[j] * job.out_k.token;
     for (int64_t c = 0; c < shape.e; ++c) narrow(parts[(2 + c) * m + j] * inverse, to + c * job.out_k.channel);
   }

@@ -1,5 +1,5 @@
 // What the forward and the backward sweep of cross_attention share (kernels only): tiles of tokens in and out of
-// scratch memory, packing of the class side, base-2 exponential and logarithm.
+// scratch memory, packing of the class side, exponential and logarithm.
 #pragma once
 
 #include "common/online_softmax.h"
@@ -35,12 +35,14 @@ BTI_FAST_INLINE VecF exp2_bounded(VecF t) {
   p = p * f + 1.0f;
   return bits_as<VecF>(bits_as<VecI>(p) + (bits_as<VecI>(shifted) << 23));
 }
-// The same with exact zeros below -126 and every NaN kept.
-BTI_FAST_INLINE VecF exp2_exact(VecF t) {
+// e^x for x <= 0, with exact zeros at the lower end and every NaN kept. The difference of two large scores is exact
+// where it matters; their logarithms to base 2 would not be.
+BTI_FAST_INLINE VecF exp_exact(VecF x) {
+  const VecF t = x * kLog2E;
   const VecF y = t < -126.0f ? VecF{} : exp2_bounded(t);
-  return t != t ? t : y;
+  return x != x ? x : y;
 }
-BTI_FAST_INLINE float exp2_exact(float t) { return exp2_exact(splat<VecF>(t))[0]; }
+BTI_FAST_INLINE float exp_exact(float x) { return exp_exact(splat<VecF>(x))[0]; }
 
 // log(x) for x >= 0; -inf for 0, NaN for NaN.
 BTI_FAST_INLINE VecF log_positive(VecF x) {
