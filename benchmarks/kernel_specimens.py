@@ -99,12 +99,26 @@ def _fusion_pair(kernels, name: str, x: Tensor, classes: int, wide: bool) -> lis
 
 def task_interaction_specimens() -> list[Specimen]:
     kernels = importlib.import_module("bti_fast.kernels.task_interaction")
+    algebra = importlib.import_module("bti_fast.kernels.gate_algebra").gate_algebra
     made = []
+    for channels, _ in LEVELS.values():
+        inputs = meta(BATCH, channels + channels // 2 + 1), meta(BATCH, 256), _vectors(channels), 0.7
+        call = lambda inputs=inputs: algebra(*inputs)  # noqa: E731
+        made.append(Specimen("task_interaction", f"gates C={channels}", call))
     for name, x, wide in maps():
         made += _interaction_pair(kernels, name, x, x.dtype, wide)
         if name == "bf16 96x56":
             made += _interaction_pair(kernels, f"{name}, fp32 W1", x, torch.float32, wide)
     return made
+
+
+def _vectors(channels: int, features: int = 256) -> list[Tensor]:
+    """task_interaction's weights without W1 and b1."""
+    vector, square = meta(features), meta(features, features)
+    norm_and_gate = [meta(features, channels // 2), *[vector] * 5, square, vector]
+    prior_and_gate = [meta(channels, features), meta(channels), meta(channels, channels), meta(channels)]
+    signals = [meta(64, channels), meta(64, features), meta(32, 3), meta(32), meta(2, 32), meta(2)]
+    return norm_and_gate + prior_and_gate + signals
 
 
 def _interaction_pair(kernels, name: str, x: Tensor, weight_dtype, wide: bool) -> list[Specimen]:

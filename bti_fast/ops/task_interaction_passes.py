@@ -30,15 +30,20 @@ def forward(x: Tensor, y: Tensor, weights: list[Tensor], tau: float, training: b
     kernels = importlib.import_module("bti_fast.kernels.task_interaction")
     w = TaskInteractionWeights(*weights)
     summary = kernels.statistics(x, w.conv_weight, w.conv_bias)
+    if not training:
+        vectors = importlib.import_module("bti_fast.kernels.gate_algebra")
+        scale, y_out, gates, signals = vectors.gate_algebra(summary, y, weights[2:], tau)
+        # An operator's outputs may not be its inputs: the backward pass reads these.
+        running = [value.to(torch.float32, copy=True) for value in (w.bn_mean, w.bn_var)]
+        return kernels.modulate(x, scale), y_out, gates, signals, *running, summary
     algebra = gate_algebra(summary, y, w, tau, training)
     return (
         kernels.modulate(x, algebra.scale),
         algebra.y.to(y.dtype).contiguous(),
         algebra.gates,
         algebra.signals,
-        # An operator's outputs may not be its inputs: in evaluation mean and variance are the running ones.
-        algebra.batch_mean.clone(),
-        algebra.batch_var.clone(),
+        algebra.batch_mean,
+        algebra.batch_var,
         summary,
     )
 
