@@ -9,8 +9,6 @@ namespace {
 
 constexpr int kLanes = VecOf<float>::lanes;
 
-int lanes_left(int64_t left) { return left < kLanes ? static_cast<int>(left) : kLanes; }
-
 // Dot products of R matrix rows with S samples.
 template <int R, int S>
 BTI_FAST_INLINE void dots(const DenseProduct& product, int64_t row, int64_t b) {

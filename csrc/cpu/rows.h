@@ -44,6 +44,17 @@ BTI_FAST_INLINE void store_first(VecF v, T* p, int n) {
   }
 }
 
+// How many lanes of the next vector there are, with this many elements left.
+BTI_FAST_INLINE int lanes_left(int64_t left) {
+  return left < VecOf<float>::lanes ? static_cast<int>(left) : VecOf<float>::lanes;
+}
+
+BTI_FAST_INLINE VecI load_mask(const int32_t* p) {
+  VecI m;
+  std::memcpy(&m, p, sizeof(m));
+  return m;
+}
+
 // All bits set in the first n lanes.
 BTI_FAST_INLINE VecI first_lanes(int n) {
   VecI lane;

@@ -15,8 +15,6 @@ constexpr int kLanes = VecOf<float>::lanes;
 constexpr float kBatchNormEps = 1e-3f;
 constexpr float kLeastSquare = 1e-12f;
 
-int lanes_left(int64_t left) { return left < kLanes ? static_cast<int>(left) : kLanes; }
-
 // Calls run(i, lanes) for every vector of n elements.
 template <typename Run>
 BTI_FAST_INLINE void each(int64_t n, const Run& run) {

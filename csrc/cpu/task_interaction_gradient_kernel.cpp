@@ -36,8 +36,6 @@ struct Column {
   int64_t b, first_channel;
 };
 
-int lanes_left(int64_t left) { return left < kLanes ? static_cast<int>(left) : kLanes; }
-
 void build_table(const InteractionPass& pass, int64_t b, int64_t c, int channels, float* table) {
   const int64_t fours = groups_of_four(pass.hidden);
   for (int64_t four = 0; four < fours; ++four, table += kFour) {
@@ -102,68 +100,116 @@ void walk(const uint8_t* signs, int64_t fours, int64_t count, const float* table
 
 // +k, -k or 0 by the sign of d.
 BTI_FAST_INLINE VecF signed_by(VecF d, VecF k) { return keep(d > 0, k) - keep(d < 0, k); }
-
-BTI_FAST_INLINE VecI load_mask(const int32_t* p) {
-  VecI m;
-  std::memcpy(&m, p, sizeof(m));
-  return m;
-}
+// 1, -1 or 0 by the sign of d.
+BTI_FAST_INLINE VecI sign_of(VecF d) { return (d < 0) - (d > 0); }
 
 // Lanes p .. of a row of `pixels`, zero outside of it.
-template <typename T>
+template <bool Inside, typename T>
 BTI_FAST_INLINE VecF load_window(const T* row, int64_t p, int64_t pixels) {
-  if (p >= 0 && p + kLanes <= pixels) return load_dense(row + p);
+  if (Inside || (p >= 0 && p + kLanes <= pixels)) return load_dense(row + p);
   VecF v{};
   for (int i = 0; i < kLanes; ++i)
     if (p + i >= 0 && p + i < pixels) v[i] = widen(row[p + i]);
   return v;
 }
 
-// d(sum of differences) / dx at pixels p .. of one contiguous channel, times k.
-template <typename T>
-BTI_FAST_INLINE VecF difference_gradient_of_row(const InteractionPass& pass, const T* row, int64_t p, VecF k) {
+// d(sum of differences) / dx at pixels p .. of one contiguous channel. Inside: every neighbour lies in the row.
+template <bool Inside, int Count, typename T>
+BTI_FAST_INLINE VecF difference_gradient_of_row(const InteractionPass& pass, const T* row, int64_t p) {
   const int64_t pixels = pass.x.pixels;
-  const VecF here = load_window(row, p, pixels);
-  VecF total{};
-  for (int a = 0; a < pass.axes.count; ++a) {
+  const VecF here = load_window<Inside>(row, p, pixels);
+  VecI total{};
+#pragma GCC unroll 3
+  for (int a = 0; a < Count; ++a) {
     const int64_t stride = pass.axes.stride[a];
     const int32_t* exists = pass.axes.exists[a] + p;
-    total += keep(load_mask(exists - stride), signed_by(here - load_window(row, p - stride, pixels), k));
-    total -= keep(load_mask(exists), signed_by(load_window(row, p + stride, pixels) - here, k));
+    total += load_mask(exists - stride) & sign_of(here - load_window<Inside>(row, p - stride, pixels));
+    total -= load_mask(exists) & sign_of(load_window<Inside>(row, p + stride, pixels) - here);
   }
-  return total;
+  return __builtin_convertvector(total, VecF);
+}
+
+// grad x of one channel at n pixels from p0: `product` is its share of W1^T (active * hidden_grad), kept as
+// [channel lane][kPixels].
+template <int Count, typename T>
+void finish_row(const InteractionPass& pass, const T* x, const T* grad_out, T* out, int64_t p0, int64_t n,
+                const float* product, float scale, float shift, float k) {
+  const int64_t pixels = pass.x.pixels, reach = Count > 0 ? pass.axes.stride[Count > 0 ? Count - 1 : 0] : 0;
+  const float factor = 1 + scale;
+  int64_t p = 0;
+  const auto edge = [&](int left) {
+    VecF grad = load_dense(product + p) + shift + load_first(grad_out + p0 + p, left) * factor;
+    if constexpr (Count > 0) grad += k * difference_gradient_of_row<false, Count>(pass, x, p0 + p);
+    store_first(grad, out + p0 + p, left);
+  };
+  for (; p + kLanes <= n && p0 + p < reach; p += kLanes) edge(kLanes);
+  for (; p + kLanes <= n && p0 + p + kLanes + reach <= pixels; p += kLanes) {
+    VecF grad = load_dense(product + p) + shift + load_dense(grad_out + p0 + p) * factor;
+    if constexpr (Count > 0) grad += k * difference_gradient_of_row<true, Count>(pass, x, p0 + p);
+    store_dense(grad, out + p0 + p);
+  }
+  for (; p < n; p += kLanes) edge(lanes_left(n - p));
+}
+
+template <bool Full, typename T>
+void pack_columns(const Column<T>& column, int64_t stride, int64_t p0, int64_t n, float* packed) {
+  int64_t p = 0;
+  for (; Full && p + kLanes <= n; p += kLanes) {
+    VecF block[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) block[i] = load_dense(column.x + i * stride + p0 + p);
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store_dense(block[i], packed + (p + i) * kLanes);
+  }
+  for (; p < n; p += kLanes) {
+    const int left = lanes_left(n - p);
+    VecF block[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      block[i] = i < column.channels ? load_first(column.x + i * stride + p0 + p, left) : VecF{};
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store_dense(block[i], packed + (p + i) * kLanes);
+  }
+}
+
+// [pixel][channel lane] to [channel lane][kPixels].
+BTI_FAST_INLINE void unpack_columns(const float* packed, int64_t n, float* rows) {
+  for (int64_t p = 0; p < n; p += kLanes) {
+    VecF block[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) block[i] = load_dense(packed + (p + i) * kLanes);
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store_dense(block[i], rows + i * kPixels + p);
+  }
 }
 
 template <typename T>
 void pixels_channel_major(const InteractionPass& pass, const Column<T>& column, int64_t p0, int64_t n,
                           const uint8_t* signs, Scratch& scratch) {
   const int64_t xs = pass.x.channel_stride, gs = pass.grad_out.channel_stride, os = pass.out.channel_stride;
-  for (int64_t p = 0; p < n; p += kLanes) {
-    const int left = lanes_left(n - p);
-    VecF block[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      block[i] = i < column.channels ? load_first(column.x + i * xs + p0 + p, left) : VecF{};
-    transpose(block);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) store_dense(block[i], scratch.x.data() + (p + i) * kLanes);
+  if (column.channels == kLanes) {
+    pack_columns<true>(column, xs, p0, n, scratch.x.data());
+  } else {
+    pack_columns<false>(column, xs, p0, n, scratch.x.data());
   }
   walk(signs, groups_of_four(pass.hidden), n, scratch.table.data(), scratch.buckets.data(), scratch.x.data(),
        scratch.out.data());
-  const float* scale = pass.scale + column.b * pass.x.channels + column.first_channel;
-  const float* shift = pass.shift + column.b * pass.x.channels + column.first_channel;
-  const VecF k = splat<VecF>(pass.difference_grad[column.b]);
-  for (int64_t p = 0; p < n; p += kLanes) {
-    const int left = lanes_left(n - p);
-    VecF block[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) block[i] = load_dense(scratch.out.data() + (p + i) * kLanes);
-    transpose(block);
-    for (int i = 0; i < column.channels; ++i) {
-      VecF grad = block[i] + shift[i] + load_first(column.grad_out + i * gs + p0 + p, left) * (1 + scale[i]);
-      if (pass.complexity) grad += difference_gradient_of_row(pass, column.x + i * xs, p0 + p, k);
-      store_first(grad, column.out + i * os + p0 + p, left);
-    }
+  unpack_columns(scratch.out.data(), n, scratch.x.data());
+  const int64_t at = column.b * pass.x.channels + column.first_channel;
+  const float k = pass.difference_grad[column.b];
+  const auto finish = [&](auto count) {
+    for (int i = 0; i < column.channels; ++i)
+      finish_row<decltype(count)::value>(pass, column.x + i * xs, column.grad_out + i * gs, column.out + i * os, p0, n,
+                                         scratch.x.data() + i * kPixels, pass.scale[at + i], pass.shift[at + i], k);
+  };
+  switch (pass.complexity ? pass.axes.count : 0) {
+    case 0: return finish(std::integral_constant<int, 0>{});
+    case 1: return finish(std::integral_constant<int, 1>{});
+    case 2: return finish(std::integral_constant<int, 2>{});
+    default: return finish(std::integral_constant<int, 3>{});
   }
 }
 

@@ -29,14 +29,6 @@ T* sample_of(const FeatureMap& map, int64_t b) {
   return static_cast<T*>(map.data) + b * map.batch_stride;
 }
 
-BTI_FAST_INLINE VecI load_mask(const int32_t* p) {
-  VecI m;
-  std::memcpy(&m, p, sizeof(m));
-  return m;
-}
-
-int lanes_left(int64_t left) { return left < kLanes ? static_cast<int>(left) : kLanes; }
-
 // Sum over the tile of one contiguous channel, and of its differences along every axis.
 template <typename T>
 void sums_of_row(const InteractionPass& pass, const T* row, const Tile& tile, VecF& differences, float* out) {
@@ -125,20 +117,36 @@ void pack_strip(const InteractionPass& pass, const T* x, int64_t first, int64_t 
   }
 }
 
-// Calls done(h, acc) with the V vectors of W1[h] x for every hidden unit h; without the bias.
-template <int R, int V, typename Done>
-BTI_FAST_INLINE void hidden_block(const InteractionPass& pass, const float* strip, int64_t h, const Done& done) {
+// block[r][v] = W1[h + r] x without the bias. Alone in its function, so that every accumulator gets a register.
+template <int R, int V>
+__attribute__((noinline)) void hidden_block(const float* weight, int64_t channels, const float* strip, float* block) {
   VecF acc[R][V]{};
-  accumulate<false>(acc, pass.weight + h * pass.x.channels, pass.x.channels, strip, kPanel, pass.x.channels);
+  accumulate<false>(acc, weight, channels, strip, kPanel, channels);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) done(h + r, acc[r]);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store_dense(acc[r][v], block + r * kPanel + v * kLanes);
 }
+
+// Calls done(h, hidden map of unit h at the strip's pixels, without the bias) for every hidden unit h.
 template <int V, typename Done>
 BTI_FAST_INLINE void hidden_rows(const InteractionPass& pass, const float* strip, const Done& done) {
-  int64_t h = 0;
-  for (; h + kBlockRows <= pass.hidden; h += kBlockRows) hidden_block<kBlockRows, V>(pass, strip, h, done);
-  for (; h + 4 <= pass.hidden; h += 4) hidden_block<4, V>(pass, strip, h, done);
-  for (; h < pass.hidden; ++h) hidden_block<1, V>(pass, strip, h, done);
+  alignas(64) float block[kBlockRows * kPanel];
+  const int64_t channels = pass.x.channels;
+  for (int64_t h = 0; h < pass.hidden;) {
+    const float* weight = pass.weight + h * channels;
+    const int64_t left = pass.hidden - h;
+    const int rows = left >= kBlockRows ? kBlockRows : left >= 4 ? 4 : 1;
+    if (rows == kBlockRows) {
+      hidden_block<kBlockRows, V>(weight, channels, strip, block);
+    } else if (rows == 4) {
+      hidden_block<4, V>(weight, channels, strip, block);
+    } else {
+      hidden_block<1, V>(weight, channels, strip, block);
+    }
+    for (int r = 0; r < rows; ++r) done(h + r, block + r * kPanel);
+    h += rows;
+  }
 }
 
 struct Scratch {
@@ -169,19 +177,20 @@ void forward_tile(const InteractionPass& pass, int64_t task, Scratch& scratch) {
     const int64_t n = tile.end - p < kPanel ? tile.end - p : kPanel;
     pack_strip(pass, x, p, n, scratch.strip.data());
     const VecI valid[2] = {first_lanes(static_cast<int>(n)), first_lanes(static_cast<int>(n - kLanes))};
-    const auto add = [&](int64_t h, const auto& acc) {
-      constexpr int vectors = sizeof(acc) / sizeof(VecF);
-      VecF total = load_dense(totals + h * kLanes);
-      for (int v = 0; v < vectors; ++v) {
-        const VecF z = acc[v] + pass.bias[h];
-        total += keep(valid[v], z <= 0 ? VecF{} : z);
-      }
-      store_dense(total, totals + h * kLanes);
+    const auto rectify = [&](int64_t h, const float* hidden, int v) {
+      const VecF z = load_dense(hidden + v * kLanes) + pass.bias[h];
+      return keep(valid[v], z <= 0 ? VecF{} : z);
     };
     if (n > kLanes) {
-      hidden_rows<2>(pass, scratch.strip.data(), add);
+      hidden_rows<2>(pass, scratch.strip.data(), [&](int64_t h, const float* hidden) {
+        float* total = totals + h * kLanes;
+        store_dense(load_dense(total) + (rectify(h, hidden, 0) + rectify(h, hidden, 1)), total);
+      });
     } else {
-      hidden_rows<1>(pass, scratch.strip.data(), add);
+      hidden_rows<1>(pass, scratch.strip.data(), [&](int64_t h, const float* hidden) {
+        float* total = totals + h * kLanes;
+        store_dense(load_dense(total) + rectify(h, hidden, 0), total);
+      });
     }
   }
   for (int64_t h = 0; h < pass.hidden; ++h) sums[channels + h] = sum(load_dense(totals + h * kLanes));
@@ -219,25 +228,25 @@ void backward_tile(const InteractionPass& pass, int64_t task, Scratch& scratch, 
     pack_strip(pass, x, p, n, scratch.strip.data());
     fours.clear();
     const VecI valid[2] = {first_lanes(static_cast<int>(n)), first_lanes(static_cast<int>(n - kLanes))};
-    const auto mark = [&](int64_t h, const auto& acc) {
-      constexpr int vectors = sizeof(acc) / sizeof(VecF);
-      const int32_t bit = (kLanes / 2) << (h % 4);
-      VecF count = load_dense(active + h * kLanes);
-      for (int v = 0; v < vectors; ++v) {
-        const VecF z = acc[v] + pass.bias[h];
-        const VecI off = z <= 0;
-        const VecI on = ~off & valid[v];
-        count += keep(on, splat<VecF>(1.0f));
-        int32_t* four = fours.data() + (h / 4) * kPanel + v * kLanes;
-        const VecI marked = load_mask(four) | (on & bit);
-        std::memcpy(four, &marked, sizeof(marked));
-      }
-      store_dense(count, active + h * kLanes);
+    const auto mark = [&](int64_t h, const float* hidden, int v) {
+      const VecF z = load_dense(hidden + v * kLanes) + pass.bias[h];
+      const VecI off = z <= 0;
+      const VecI on = ~off & valid[v];
+      int32_t* four = fours.data() + (h / 4) * kPanel + v * kLanes;
+      const VecI marked = load_mask(four) | (on & ((kLanes / 2) << (h % 4)));
+      std::memcpy(four, &marked, sizeof(marked));
+      return keep(on, splat<VecF>(1.0f));
     };
     if (n > kLanes) {
-      hidden_rows<2>(pass, scratch.strip.data(), mark);
+      hidden_rows<2>(pass, scratch.strip.data(), [&](int64_t h, const float* hidden) {
+        float* count = active + h * kLanes;
+        store_dense(load_dense(count) + (mark(h, hidden, 0) + mark(h, hidden, 1)), count);
+      });
     } else {
-      hidden_rows<1>(pass, scratch.strip.data(), mark);
+      hidden_rows<1>(pass, scratch.strip.data(), [&](int64_t h, const float* hidden) {
+        float* count = active + h * kLanes;
+        store_dense(load_dense(count) + mark(h, hidden, 0), count);
+      });
     }
     uint8_t* out = signs + p / kSignBlock * groups * kSignBlock + p % kSignBlock;
     for (int64_t group = 0; group < groups; ++group)
