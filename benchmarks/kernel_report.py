@@ -136,11 +136,14 @@ def traffic(kernel, args: tuple) -> tuple[int, int]:
 
 
 def report(
-    operators: list[str] | None = None, targets: list[str] | None = None, specimens: str = ""
+    operators: list[str] | None = None,
+    targets: list[str] | None = None,
+    specimens: str = "",
+    kernels: str = "",
 ) -> list[Row]:
-    """Compile the specimens of `operators` whose names match the regular expression `specimens`.
+    """Compile what the specimens of `operators` launch, for `targets`; by default everything.
 
-    By default: every specimen of every operator, for every target.
+    Names match the regular expressions `specimens` and `kernels`.
     """
     rows = []
     for operator in operators or SPECIMENS:
@@ -151,7 +154,8 @@ def report(
                 specimen.call()
             for target in targets or TARGETS:
                 for kernel, args, kwargs in launches:
-                    rows.append(_row(specimen, kernel, args, kwargs, target))
+                    if re.search(kernels, kernel.__name__):
+                        rows.append(_row(specimen, kernel, args, kwargs, target))
     return rows
 
 
@@ -196,9 +200,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     parser.add_argument("--operator", action="append", choices=list(SPECIMENS))
     parser.add_argument("--specimen", default="", help="regular expression that names of specimens match")
+    parser.add_argument("--kernel", default="", help="regular expression that names of kernels match")
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     chosen = parser.parse_args(arguments)
-    rows = report(chosen.operator, chosen.target, chosen.specimen)
+    rows = report(chosen.operator, chosen.target, chosen.specimen, chosen.kernel)
     header = f"{'operator':20} {'specimen':32} {'kernel':16} {'target':7}"
     print(f"{header} {'reg':>4} {'spill':>5} {'shared':>7} {'16B':>4} {'mma':>4} {'occ':>4} {'B/elem':>6}")
     for r in rows:

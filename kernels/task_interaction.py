@@ -477,8 +477,8 @@ def gradient_shape(x: Tensor, hidden: int) -> tuple[int, int, int]:
     block_c, block_p = 64, 64
     if x.element_size() == 4:
         block_h, block_p = min(block_h, 32), 32
-    elif block_h > 64:
-        block_h, block_c = 128, 32
+    elif block_h > 32:
+        block_h, block_c = min(block_h, 128), 32
     if x.device.type == "cpu":
         block_p = 128  # the interpreter has no registers to spare, and takes its time by the tile
     block_c = min(block_c, power_of_two(x.shape[1], 16))

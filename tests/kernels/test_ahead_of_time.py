@@ -1,4 +1,7 @@
-"""The kernels compiled for real chips, without one: no spills, shared memory within limits, 16-byte loads."""
+"""The kernels compiled for real chips, without one: no spills, shared memory within limits, 16-byte loads.
+
+A few variants of each operator, for every target; `make kernel-report` compiles them all and fails likewise.
+"""
 
 import json
 import os
@@ -11,21 +14,36 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
+PASSES = {"statistics", "modulate", "reduce_gradient", "input_gradient", "sum_rows"}
+CHOSEN = {
+    "entropy_uncertainty": ("K=1 fp32$|beyond", {"forward", "backward"}),
+    "gated_fusion": (
+        "bf16 96x56 K=1$",
+        {"forward", "forward_finish", "backward", "backward_finish"},
+    ),
+    "task_interaction": ("bf16 96x56$|gates C=96$", {*PASSES, "gate"}),
+}
+READ_MAPS = {"forward", "backward", *PASSES} - {"sum_rows"}
+MULTIPLY = {"statistics", "reduce_gradient", "input_gradient"}
 
 
-def test_every_target_compiles_without_spills(tmp_path):
+@pytest.mark.parametrize("operator", CHOSEN)
+def test_every_target_compiles_without_spills(operator, tmp_path):
+    specimens, kernels = CHOSEN[operator]
     rows_file = tmp_path / "rows.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    specimens = "K=1 fp32$|beyond"
+    chosen = ["--operator", operator, "--specimen", specimens, "--json", rows_file]
     run = subprocess.run(
-        [sys.executable, "benchmarks/kernel_report.py", "--json", rows_file, "--specimen", specimens],
+        [sys.executable, "benchmarks/kernel_report.py", *chosen],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads(rows_file.read_text())
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {row["kernel"] for row in rows} == {"forward_kernel", "backward_kernel"}
+    assert {row["kernel"] for row in rows} == kernels
     assert all(row["spills"] == 0 and row["problem"] is None for row in rows)
-    assert all(0 < row["registers"] <= 128 for row in rows)
-    assert all(row["wide_loads"] >= 1 for row in rows if "fp32" in row["specimen"])
+    assert all(0 < row["registers"] <= 255 for row in rows)
+    # Of bfloat16 some compilers read a tile's 16 bytes as two loads of 8; the report asks for one at least.
+    assert all(row["wide_loads"] >= 1 for row in rows if row["kernel"] in READ_MAPS)
+    assert all(row["tensor_cores"] >= 1 for row in rows if row["kernel"] in MULTIPLY)
