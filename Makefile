@@ -13,7 +13,7 @@ THREADS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard _build_backend/*.py csrc/*/*)
 
-.PHONY: demo test lint benchmark kernel-report clean
+.PHONY: demo test lint benchmark kernel-report sanitize gpu clean
 
 demo: $(VENV)/.train
 	$(BIN)/bti-fast doctor
@@ -34,6 +34,14 @@ benchmark: $(VENV)/.train
 # What the compilers make of the Triton kernels for sm_80, sm_90, sm_100 and gfx942; needs no GPU.
 kernel-report: $(VENV)/.test
 	$(BIN)/python benchmarks/kernel_report.py
+
+# The operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ library.
+sanitize: $(VENV)/.test
+	PYTHON="$(abspath $(BIN)/python)" csrc/sanitize.sh
+
+# Everything that needs a GPU, in steps (STEPS="contract graphs" for some); uses the environment's own Python.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(STEPS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bti_fast/lib bti_fast/_native*.so

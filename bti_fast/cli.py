@@ -332,6 +332,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{PROGRAM}: {_single(error)}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as missing:
+        if (missing.name or "bti_fast").split(".")[0] == "bti_fast":
+            raise  # our own mistake, not an extra that was left out
+        print(
+            f"{PROGRAM}: {missing.name} is not installed; needed: pip install 'bti_fast[train]'",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as stop:
         print(f"{PROGRAM}: interrupted" + (f"; {stop}" if str(stop) else ""), file=sys.stderr)
         return INTERRUPTED

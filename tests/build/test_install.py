@@ -29,7 +29,7 @@ def test_metadata():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     names = {re.split(r"[><=\[; ]", item)[0] for item in project["project"]["dependencies"]}
-    assert names == {"torch", "numpy"}
+    assert names == {"torch", "numpy", "jsonargparse", "pyyaml"}  # operators and command line
     assert project["project"]["scripts"] == {"bti-fast": "bti_fast.cli:main"}
     assert not any("torch" in item for item in project["build-system"]["requires"])
 

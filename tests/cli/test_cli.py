@@ -133,6 +133,18 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
         main(["doctor"])
 
 
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def incomplete(values: object) -> int:
+        raise ModuleNotFoundError("No module named 'lightning'", name="lightning")
+
+    monkeypatch.setitem(sys.modules["bti_fast.cli"].COMMANDS, "doctor", incomplete)
+    assert main(["doctor"]) == 2
+    said = capsys.readouterr().err
+    assert said == "bti-fast: lightning is not installed; needed: pip install 'bti_fast[train]'\n"
+
+
 def test_interrupt_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
