@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles as launching
 from .tiles import (
+    ANY,
     INT32_OFFSETS,
     LAST,
     divisor,
@@ -30,8 +32,6 @@ from .tiles import (
 
 SMALLEST_ROWS = 8  # below, the total variation is zero by definition
 MAX_HIDDEN = 256  # rows of W1 whose products with one tile fit into registers
-# Products of float32 on tensor cores: three of tf32 hold the precision where the chip has no float32 ones.
-PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 
 @triton.jit
@@ -457,18 +457,26 @@ def neighbours(x: Tensor) -> tuple[list[int], dict[str, int]]:
     return integers, {"AXES": len(spatial) if differs else 0, "EDGE_ALIGN": align}
 
 
-def dot_shape(x: Tensor, hidden: int, elements: int, waves: int) -> tuple[int, int, int]:
-    """(BLOCK_H, BLOCK_C, BLOCK_P) of a pass that multiplies W1 with tiles of x, its sums in ``elements``."""
+def precision() -> str:
+    """How float32 is multiplied on tensor cores: three products of tf32, where a chip has no float32 ones."""
+    return "ieee" if launching.for_amd() else "tf32x3"
+
+
+def dot_shape(x: Tensor, weight: Tensor, format: int) -> tuple[int, int, int]:
+    """(BLOCK_H, BLOCK_C, BLOCK_P) of a pass that multiplies W1 with tiles of x, its sums in registers.
+
+    Smaller where registers also hold W1 in two terms, or the offsets of scattered positions.
+    """
     batch, channels = x.shape[:2]
     positions = positions_of(x)
-    block_h = power_of_two(hidden, 16)
-    block_p = min(max(elements // block_h, 32), 256, power_of_two(positions, 32))
-    wanted = waves * multiprocessors(x.device)
-    while block_p > 32 and batch * triton.cdiv(positions, block_p) < wanted:
+    block_h = power_of_two(weight.shape[0], 16)
+    sums = 4096 if format == ANY.value else 16384 if weight.dtype == x.dtype else 8192
+    block_p = min(max(sums // block_h, 32), 256, power_of_two(positions, 32))
+    while block_p > 32 and batch * triton.cdiv(positions, block_p) < multiprocessors(x.device):
         block_p //= 2
-    held = 8192 if x.element_size() == 2 else 4096
-    block_c = min(power_of_two(channels, 16), max(held // block_p, 16), 64)
-    return block_h, block_c, block_p
+    held = 8192 if x.element_size() == 2 and weight.dtype == x.dtype else 4096
+    most = max(held // max(block_p, block_h if x.element_size() == 4 else block_h // 2), 16)
+    return block_h, min(power_of_two(channels, 16), most, 64), block_p
 
 
 def gradient_shape(x: Tensor, hidden: int) -> tuple[int, int, int]:
@@ -477,6 +485,8 @@ def gradient_shape(x: Tensor, hidden: int) -> tuple[int, int, int]:
     block_c, block_p = 64, 64
     if x.element_size() == 4:
         block_h, block_p = min(block_h, 32), 32
+    elif launching.for_amd():
+        block_h, block_c = min(block_h, 64), 32
     elif block_h > 32:
         block_h, block_c = min(block_h, 128), 32
     if x.device.type == "cpu":
@@ -512,7 +522,7 @@ def statistics(x: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
     hidden = conv_weight.shape[0]
     positions = positions_of(x)
     size2, size3, (mx,) = maps_of([(x, True)])
-    block_h, block_c, block_p = dot_shape(x, hidden, elements=16384, waves=1)
+    block_h, block_c, block_p = dot_shape(x, conv_weight, mx.format)
     tiles = triton.cdiv(positions, block_p)
     partial = x.new_empty((batch, tiles, channels + hidden + 1), dtype=torch.float32)
     integers, constants = neighbours(x)
@@ -534,7 +544,7 @@ def statistics(x: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
         X_FORMAT=mx.format,
         X_ALIGN=mx.align,
         P_ALIGN=p_align,
-        PRECISION=PRECISION,
+        PRECISION=precision(),
         WIDE=max(mx.span, partial.numel()) >= INT32_OFFSETS,
         INTERPRET=interpreted(statistics_kernel),
         BLOCK_H=block_h,
@@ -588,7 +598,7 @@ def reduce_gradient(
     hidden = conv_weight.shape[0]
     positions = positions_of(x)
     size2, size3, (mg, mx) = maps_of([(grad_x_out, True), (x, True)])
-    block_h, block_c, block_p = dot_shape(x, hidden, elements=16384, waves=1)
+    block_h, block_c, block_p = dot_shape(x, conv_weight, mx.format)
     tiles = triton.cdiv(positions, block_p)
     partial = x.new_empty((batch, tiles, channels), dtype=torch.float32)
     signs = torch.empty((batch, hidden, tiles * block_p // 32), dtype=torch.int32, device=x.device)
@@ -613,7 +623,7 @@ def reduce_gradient(
         X_FORMAT=mx.format,
         X_ALIGN=mx.align,
         P_ALIGN=p_align,
-        PRECISION=PRECISION,
+        PRECISION=precision(),
         WIDE=max(mg.span, mx.span, partial.numel(), signs.numel()) >= INT32_OFFSETS,
         INTERPRET=interpreted(reduce_gradient_kernel),
         BLOCK_H=block_h,
@@ -678,13 +688,13 @@ def input_gradient(
         O_FORMAT=mo.format,
         O_ALIGN=mo.align,
         P_ALIGN=p_align,
-        PRECISION=PRECISION,
+        PRECISION=precision(),
         WIDE=max(spans) >= INT32_OFFSETS,
         INTERPRET=interpreted(input_gradient_kernel),
         BLOCK_H=block_h,
         BLOCK_C=block_c,
         BLOCK_P=block_p,
-        num_warps=8,
+        num_warps=4 if launching.for_amd() else 8,
         num_stages=1,
     )
     both = sum_rows(partial).view(hidden, channels + 1)

@@ -55,6 +55,11 @@ def interpreted(kernel) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
 
+def for_amd() -> bool:
+    """Whether launches are for AMD's chips, whose warps of 64 make fewer of them do."""
+    return torch.version.hip is not None
+
+
 def divisor(*values: int) -> int:
     """The largest power of two up to 16 that divides every value."""
     for candidate in (16, 8, 4, 2):
