@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input from the user (a file, an option, a checkpoint): the message is one line that names the thing.
+    """Bad input from the user (a file, an option, a checkpoint): the message is one line that names it.
 
     The command line prints it without a traceback and exits with 2.
     """
