@@ -12,7 +12,7 @@ namespace bti_fast {
 
 namespace {
 
-constexpr int64_t kLargestTile = 1024, kTileMultiple = 32, kTasks = 32;
+constexpr int64_t kLargestTile = 1024, kTileMultiple = 64, kTasks = 8;
 
 void check_fusion(const Tensor& x, const Tensor& seg_logits, const Tensor& prior, const Tensor& cls_uncertainty,
                   const Tensor& coeffs) {

@@ -37,7 +37,7 @@ FEW = settings(
 def agrees(case: Case, inputs: list, order: str) -> None:
     """The compiled operator against the reference in float64: values to 1e-5, gradients to 1e-4.
 
-    Batch statistics leave gradients that are zero but for rounding: those may lose what eager float32 loses, 3x.
+    Batch statistics leave gradients of nothing but rounding: those may lose 3x what eager float32 does.
     """
     narrow = [value.float() for value in inputs]
     with bti_fast.backend("reference"):
