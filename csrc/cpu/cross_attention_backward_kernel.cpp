@@ -18,7 +18,8 @@ struct Sweep {
   VecF inside;  // of the last vector of columns: 1 where there is one, 0 beyond
   bool plain;
   float *scores, *other, *gradient;        // E or P_col, P_row, dS [tokens, width]
-  float *q, *v, *grad, *out;               // [tokens, d or e + kPadding]
+  float *q, *v, *grad, *out;               // copies of tiles [tokens, d or e + kPadding]
+  Tile q_tile, v_tile, out_tile;
   float *k_transposed, *k, *v_transposed;  // panels
   float *grad_transposed, *grad_panels;    // panels of dO_k, times b in plain splits
   float *column_mean;                      // mean_col, times b in plain splits
@@ -43,7 +44,7 @@ struct PlainGradient {
       for (int v = 0; v < V; ++v) acc[r][v] = -(s.row_mean[r0 + r] + mean[v]);
     const int64_t panel = v0 / kPanelVectors * s.e * kPanel;
     accumulate<false>(acc, s.grad + r0 * row, row, s.v_transposed + panel, kPanel, s.e);
-    accumulate<false>(acc, s.v + r0 * row, row, s.grad_transposed + panel, kPanel, s.e);
+    accumulate<false>(acc, s.v_tile.data + r0 * s.v_tile.row, s.v_tile.row, s.grad_transposed + panel, kPanel, s.e);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -63,8 +64,9 @@ struct WideGradient {
     VecF acc[R][V]{};
     const int64_t row = s.e + kPadding, at = r0 * s.width + v0 * kLanes;
     const int64_t panel = v0 / kPanelVectors * s.e * kPanel;
-    accumulate<false>(acc, (Rows ? s.grad : s.v) + r0 * row, row, (Rows ? s.v_transposed : s.grad_transposed) + panel,
-                      kPanel, s.e);
+    const Tile a = Rows ? Tile{s.grad, row} : s.v_tile;
+    accumulate<false>(acc, a.data + r0 * a.row, a.row, (Rows ? s.v_transposed : s.grad_transposed) + panel, kPanel,
+                      s.e);
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) {
         const int64_t p = at + r * s.width + v * kLanes;
@@ -80,17 +82,30 @@ struct WideGradient {
   }
 };
 
-__attribute__((noinline)) void plain_gradient(const Sweep& s, int rows) {
-  for (int i = 0; i < rows; i += 4) {
-    float* x = s.scores + i * s.width;
-    for (int64_t v = 0; v < s.vectors * kLanes; v += kLanes)
+struct PlainScores {
+  const Sweep& s;
+  float factor;
+
+  template <int R, int V>
+  BTI_FAST_INLINE void run(int64_t r0, int64_t v0) const {
+    VecF acc[R][V]{};
+    accumulate<false>(acc, s.q_tile.data + r0 * s.q_tile.row, s.q_tile.row,
+                      s.k_transposed + v0 / kPanelVectors * s.d * kPanel, kPanel, s.d);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) store_dense(exp2_bounded(load_dense(x + r * s.width + v)), x + r * s.width + v);
+      for (int v = 0; v < V; ++v)
+        store_dense(exp2_bounded(acc[r][v] * factor), s.scores + (r0 + r) * s.width + (v0 + v) * kLanes);
   }
+};
+
+__attribute__((noinline)) void plain_gradient(const Sweep& s, float scale, int rows) {
+  for_blocks(rows, s.vectors, PlainScores{s, scale * kLog2E});
   for_blocks(rows, s.vectors, PlainGradient{s});
 }
 
-__attribute__((noinline)) void wide_gradient(const Sweep& s, int rows) {
+__attribute__((noinline)) void wide_gradient(const Sweep& s, float scale, int rows) {
+  product(s.q_tile.data, s.q_tile.row, packed(s.k_transposed, s.d), s.d, scale, s.scores, s.width, rows, s.vectors);
   const int64_t last = (s.vectors - 1) * kLanes;
   for (int i = 0; i < rows; ++i) {
     float* x = s.scores + i * s.width;
@@ -123,7 +138,7 @@ BTI_FAST_INLINE void row_factors(Sweep& s, const TileTokens& tokens, const float
     float* g = s.grad + i * row;
     VecF dot{};
     if (i < tokens.count)
-      for (int64_t c = 0; c < s.e; c += kLanes) dot += load_dense(g + c) * load_dense(s.out + i * row + c);
+      for (int64_t c = 0; c < s.e; c += kLanes) dot += load_dense(g + c) * load_dense(s.out_tile.data + i * s.out_tile.row + c);
     s.row_mean[i] = s.columns.count == 1 ? 0.0f : lane_sum(dot);
     if (!s.plain || i >= tokens.count) continue;
     const VecF a = exp2_bounded(splat<VecF>(lse[tokens.first + tokens.index[i]] * -kLog2E));
@@ -185,6 +200,10 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
   const int64_t batch = task / shape.splits / shape.heads, index = task / shape.splits;
   const int64_t first = split * shape.split_tokens;
   const int64_t end = first + shape.split_tokens < shape.n ? first + shape.split_tokens : shape.n;
+  const T* q = at<const T>(job.q, batch, head);
+  const T* v_q = at<const T>(job.v_q, batch, head);
+  const T* out_q = at<const T>(job.out_q, batch, head);
+  const T* grad_out_q = at<const T>(job.grad_out_q, batch, head);
   T* grad_q = at<T>(job.grad_q, batch, head);
   T* grad_v_q = at<T>(job.grad_v_q, batch, head);
   if (shape.q_mask.data != nullptr) {
@@ -240,25 +259,24 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
   for (int64_t begin = first; begin < end; begin += kTileTokens) {
     const TileTokens tokens = tile_tokens(shape.q_mask, batch, begin, end);
     if (tokens.count == 0) continue;
-    load_tile(at<const T>(job.q, batch, head), job.q, tokens, d, s.q, q_row);
-    load_tile(at<const T>(job.v_q, batch, head), job.v_q, tokens, e, s.v, v_row);
-    load_tile(at<const T>(job.grad_out_q, batch, head), job.grad_out_q, tokens, e, s.grad, v_row);
-    load_tile(at<const T>(job.out_q, batch, head), job.out_q, tokens, e, s.out, v_row);
-    prefetch_tile(at<const T>(job.q, batch, head), job.q, begin + kTileTokens, end, d);
-    prefetch_tile(at<const T>(job.v_q, batch, head), job.v_q, begin + kTileTokens, end, e);
-    prefetch_tile(at<const T>(job.grad_out_q, batch, head), job.grad_out_q, begin + kTileTokens, end, e);
-    prefetch_tile(at<const T>(job.out_q, batch, head), job.out_q, begin + kTileTokens, end, e);
+    s.q_tile = tile_of(q, job.q, tokens, d, s.q);
+    s.v_tile = tile_of(v_q, job.v_q, tokens, e, s.v);
+    s.out_tile = tile_of(out_q, job.out_q, tokens, e, s.out);
+    load_tile(grad_out_q, job.grad_out_q, tokens, e, s.grad, v_row);
+    prefetch_tile(q, job.q, begin + kTileTokens, end, d);
+    prefetch_tile(v_q, job.v_q, begin + kTileTokens, end, e);
+    prefetch_tile(out_q, job.out_q, begin + kTileTokens, end, e);
+    prefetch_tile(grad_out_q, job.grad_out_q, begin + kTileTokens, end, e);
     row_factors(s, tokens, row_lse);
-    product(s.q, q_row, packed(s.k_transposed, d), d, s.plain ? shape.scale * kLog2E : shape.scale, s.scores, s.width,
-            tokens.rows(), s.vectors);
     if (s.plain) {
-      plain_gradient(s, tokens.rows());
+      plain_gradient(s, shape.scale, tokens.rows());
     } else {
-      wide_gradient(s, tokens.rows());
+      wide_gradient(s, shape.scale, tokens.rows());
     }
     add_transposed_product(s.grad, v_row, plain(s.plain ? s.scores : s.other, s.width), tokens.count, s.sum_v, s.width,
                            e, s.vectors);
-    add_transposed_product(s.q, q_row, plain(s.gradient, s.width), tokens.count, s.sum_k, s.width, d, s.vectors);
+    add_transposed_product(s.q_tile.data, s.q_tile.row, plain(s.gradient, s.width), tokens.count, s.sum_k, s.width, d,
+                           s.vectors);
     product(s.scores, s.width, packed(s.grad_panels, count), count, 1.0f, s.out, v_row, tokens.rows(), e / kLanes);
     store_tile(s.out, v_row, tokens, ones, e, grad_v_q, job.grad_v_q);
     product(s.gradient, s.width, packed(s.k, count), count, shape.scale, s.out, q_row, tokens.rows(), d / kLanes);

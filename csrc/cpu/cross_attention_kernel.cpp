@@ -12,6 +12,7 @@ namespace BTI_FAST_ISA {
 namespace {
 
 constexpr float kPlainSumLow = 0x1p-58f, kPlainSumHigh = 0x1p58f;
+constexpr float kVanishing = -1e30f;
 
 // Of every column: sum of weights and weighted values [e, columns]; wide ones also the running peak.
 struct ColumnSums {
@@ -25,49 +26,77 @@ struct Sweep {
   int64_t e, width, vectors;
   Columns columns;
   VecF inside;  // of the last vector of columns: 1 where there is one, 0 beyond
-  float *scores, *other, *q, *v, *out, *k_panels, *v_panels, *tile_sum;
-  float row_sum[kTileTokens], row_shift[kTileTokens], row_inverse[kTileTokens];
+  float *scores, *other, *q, *v, *out, *k_panels, *v_panels;
+  float *tile_sum, *column_low, *row_parts;  // row_parts: sums of every row, a vector each
+  float row_low[kTileTokens], row_sum[kTileTokens], row_shift[kTileTokens], row_inverse[kTileTokens];
   ColumnSums plain, wide;
 };
 
-template <int Rows>
-BTI_FAST_INLINE void exponentials(float* x, int64_t width, int64_t vectors, VecF inside, float* tile_sum,
-                                  float* row_sum) {
-  VecF sum[Rows]{};
-  const auto column = [&](int64_t v, auto keep) {
-    VecF total = load_dense(tile_sum + v);
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      float* p = x + r * width + v;
-      const VecF y = keep(exp2_bounded(load_dense(p)));
-      store_dense(y, p);
-      sum[r] += y;
-      total += y;
-    }
-    store_dense(total, tile_sum + v);
-  };
-  const int64_t last = (vectors - 1) * kLanes;
-  for (int64_t v = 0; v < last; v += kLanes) column(v, [](VecF y) { return y; });
-  column(last, [&](VecF y) { return y * inside; });
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) row_sum[r] = lane_sum(sum[r]);
+BTI_FAST_INLINE ColumnSums column_sums(Arena& arena, int64_t e, int64_t width) {
+  return {arena.take(width), arena.take(width), arena.take(e * width), false};
 }
 
-// Scores to exponentials in place; false where the tile is wide, and the scores are then lost.
-bool plain_tile(Sweep& s, int count) {
-  for (int64_t v = 0; v < s.vectors; ++v) store_dense(VecF{}, s.tile_sum + v * kLanes);
-  int i = 0;
-  for (; i + 2 <= count; i += 2)
-    exponentials<2>(s.scores + i * s.width, s.width, s.vectors, s.inside, s.tile_sum, s.row_sum + i);
-  for (; i < count; ++i)
-    exponentials<1>(s.scores + i * s.width, s.width, s.vectors, s.inside, s.tile_sum, s.row_sum + i);
+BTI_FAST_INLINE void begin(ColumnSums& sums, int64_t e, int64_t width) {
+  if (sums.used) return;
+  sums.used = true;
+  for (int64_t j = 0; j < width; ++j) sums.peak[j] = kNothing;
+  for (int64_t j = 0; j < width; ++j) sums.sum[j] = 0.0f;
+  for (int64_t j = 0; j < e * width; ++j) sums.values[j] = 0.0f;
+}
+
+// Exponentials of a block of scores straight from the registers that hold them. What lies beyond the tile's tokens or
+// the class tokens starts from a score so low that its exponential, 2^-126, vanishes in every sum.
+struct PlainScores {
+  const Sweep& s;
+  const float* q;
+  int64_t q_row, d;
+  float factor;
+
+  template <int R, int V>
+  BTI_FAST_INLINE void run(int64_t r0, int64_t v0) const {
+    VecF acc[R][V]{};
+    accumulate<false>(acc, q + r0 * q_row, q_row, s.k_panels + v0 / kPanelVectors * d * kPanel, kPanel, d);
+    VecF column[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) column[v] = load_dense(s.tile_sum + (v0 + v) * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      VecF row = load_dense(s.row_parts + (r0 + r) * kLanes);
+      float* out = s.scores + (r0 + r) * s.width + v0 * kLanes;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const VecF low = load_dense(s.column_low + (v0 + v) * kLanes) + s.row_low[r0 + r];
+        const VecF y = exp2_bounded(acc[r][v] * factor + low);
+        store_dense(y, out + v * kLanes);
+        row += y;
+        column[v] += y;
+      }
+      store_dense(row, s.row_parts + (r0 + r) * kLanes);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store_dense(column[v], s.tile_sum + (v0 + v) * kLanes);
+  }
+};
+
+// Exponentials of all scores; false where the tile is wide.
+__attribute__((noinline)) bool plain_tile(Sweep& s, const Tile& q, int64_t d, float scale, int count, int rows) {
+  for (int64_t v = 0; v < s.vectors * kLanes; v += kLanes) store_dense(VecF{}, s.tile_sum + v);
+  for (int i = 0; i < rows; ++i) {
+    store_dense(VecF{}, s.row_parts + i * kLanes);
+    s.row_low[i] = i < count ? 0.0f : kVanishing;
+  }
+  for_blocks(rows, s.vectors, PlainScores{s, q.data, q.row, d, scale * kLog2E});
   bool fits = true;
-  for (i = 0; i < count; ++i) fits &= s.row_sum[i] >= kPlainSumLow && s.row_sum[i] <= kPlainSumHigh;
+  for (int i = 0; i < count; ++i) {
+    s.row_sum[i] = lane_sum(load_dense(s.row_parts + i * kLanes));
+    fits &= s.row_sum[i] >= kPlainSumLow && s.row_sum[i] <= kPlainSumHigh;
+  }
   for (int64_t j = 0; j < s.columns.count; ++j) fits &= s.tile_sum[j] >= kPlainSumLow && s.tile_sum[j] <= kPlainSumHigh;
   if (!fits) return false;
+  begin(s.plain, s.e, s.width);
   for (int64_t v = 0; v < s.vectors * kLanes; v += kLanes)
     store_dense(load_dense(s.plain.sum + v) + load_dense(s.tile_sum + v), s.plain.sum + v);
-  for (i = 0; i < count; ++i) s.row_shift[i] = 0.0f;
+  for (int i = 0; i < kTileTokens; ++i) s.row_shift[i] = 0.0f;
   return true;
 }
 
@@ -124,30 +153,25 @@ void finish_rows(Sweep& s, const TileTokens& tokens, float* lse) {
   }
 }
 
-BTI_FAST_INLINE ColumnSums column_sums(Arena& arena, int64_t e, int64_t width) {
-  ColumnSums out{arena.take(width), arena.take(width), arena.take(e * width), false};
-  for (int64_t j = 0; j < width; ++j) out.peak[j] = kNothing;
-  for (int64_t j = 0; j < width; ++j) out.sum[j] = 0.0f;
-  for (int64_t j = 0; j < e * width; ++j) out.values[j] = 0.0f;
-  return out;
-}
-
 // The two kinds of sums of this split, as one part (peak, sum, values [e, m]) of every column.
 void store_part(const Sweep& s, int64_t m, float* part) {
   float* peak = part;
   float* sum = part + m;
   float* values = part + 2 * m;
   for (int64_t j = 0; j < s.columns.count; ++j) {
-    const float one = s.plain.used ? 0.0f : kNothing, two = s.wide.peak[j];
+    const float one = s.plain.used ? 0.0f : kNothing, two = s.wide.used ? s.wide.peak[j] : kNothing;
     const float total = softmax_peak(one, two);
-    const float w1 = softmax_weight(one, total, [](float x) { return exp_exact(x); });
-    const float w2 = softmax_weight(two, total, [](float x) { return exp_exact(x); });
+    const auto add = [&](const ColumnSums& sums, float own) {
+      if (!sums.used) return;
+      const float w = softmax_weight(own, total, [](float x) { return exp_exact(x); });
+      sum[j] += w * sums.sum[j];
+      for (int64_t c = 0; c < s.e; ++c) values[c * m + j] += w * sums.values[c * s.width + j];
+    };
     peak[j] = total;
-    sum[j] = s.wide.used ? w1 * s.plain.sum[j] + w2 * s.wide.sum[j] : s.plain.sum[j];
-    for (int64_t c = 0; c < s.e; ++c) {
-      const float plain = s.plain.values[c * s.width + j], wide = s.wide.values[c * s.width + j];
-      values[c * m + j] = s.wide.used ? w1 * plain + w2 * wide : plain;
-    }
+    sum[j] = 0.0f;
+    for (int64_t c = 0; c < s.e; ++c) values[c * m + j] = 0.0f;
+    add(s.plain, one);
+    add(s.wide, two);
   }
 }
 
@@ -176,6 +200,9 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
   s.scores = arena.take(kTileTokens * s.width);
   s.other = arena.take(kTileTokens * s.width);
   s.tile_sum = arena.take(s.width);
+  s.column_low = arena.take(s.width);
+  s.row_parts = arena.take(kTileTokens * kLanes);
+  for (int64_t j = 0; j < s.vectors * kLanes; ++j) s.column_low[j] = j < count ? 0.0f : kVanishing;
   s.q = arena.take(kTileTokens * q_row);
   s.v = arena.take(kTileTokens * v_row);
   s.out = arena.take(kTileTokens * v_row);
@@ -190,29 +217,21 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
   gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, 1.0f, rows);
   pack(rows, count, e, s.v_panels);
 
-  for (int64_t begin = first; begin < end; begin += kTileTokens) {
-    const TileTokens tokens = tile_tokens(shape.q_mask, batch, begin, end);
+  for (int64_t first_token = first; first_token < end; first_token += kTileTokens) {
+    const TileTokens tokens = tile_tokens(shape.q_mask, batch, first_token, end);
     if (tokens.count == 0) continue;
-    load_tile(q, job.q, tokens, d, s.q, q_row);
-    load_tile(v_q, job.v_q, tokens, e, s.v, v_row);
-    prefetch_tile(q, job.q, begin + kTileTokens, end, d);
-    prefetch_tile(v_q, job.v_q, begin + kTileTokens, end, e);
-    const auto scores = [&](float factor) {
-      product(s.q, q_row, packed(s.k_panels, d), d, factor, s.scores, s.width, tokens.rows(), s.vectors);
-    };
-    bool wide = s.wide.used;
-    if (!wide) {
-      scores(shape.scale * kLog2E);
-      wide = !plain_tile(s, tokens.count);
-    }
-    if (wide) {
-      scores(shape.scale);
+    const Tile q_tile = tile_of(q, job.q, tokens, d, s.q), v_tile = tile_of(v_q, job.v_q, tokens, e, s.v);
+    prefetch_tile(q, job.q, first_token + kTileTokens, end, d);
+    prefetch_tile(v_q, job.v_q, first_token + kTileTokens, end, e);
+    if (s.wide.used || !plain_tile(s, q_tile, d, shape.scale, tokens.count, tokens.rows())) {
+      begin(s.wide, e, s.width);
+      product(q_tile.data, q_tile.row, packed(s.k_panels, d), d, shape.scale, s.scores, s.width, tokens.rows(),
+              s.vectors);
       wide_tile(s, tokens.count);
     }
-    s.wide.used |= wide;
-    s.plain.used |= !wide;
-    add_transposed_product(s.v, v_row, plain(s.scores, s.width), tokens.count, (wide ? s.wide : s.plain).values,
-                           s.width, e, s.vectors);
+    const bool wide = s.wide.used;
+    add_transposed_product(v_tile.data, v_tile.row, plain(s.scores, s.width), tokens.count,
+                           (wide ? s.wide : s.plain).values, s.width, e, s.vectors);
     product(wide ? s.other : s.scores, s.width, packed(s.v_panels, count), count, 1.0f, s.out, v_row, tokens.rows(),
             e / kLanes);
     finish_rows(s, tokens, lse);

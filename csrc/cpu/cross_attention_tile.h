@@ -116,8 +116,12 @@ BTI_FAST_INLINE TileTokens tile_tokens(const MaskView& mask, int64_t batch, int6
   out.first = first;
   out.count = 0;
   const int span = static_cast<int>(end - first < kTileTokens ? end - first : kTileTokens);
-  for (int i = 0; i < span; ++i)
-    if (mask.data == nullptr || mask.data[batch * mask.batch + (first + i) * mask.token]) out.index[out.count++] = i;
+  if (mask.data == nullptr) {
+    for (int i = 0; i < kTileTokens; ++i) out.index[i] = i;
+    out.count = span;
+  }
+  for (int i = 0; i < span && mask.data != nullptr; ++i)
+    if (mask.data[batch * mask.batch + (first + i) * mask.token]) out.index[out.count++] = i;
   out.whole = out.count == span;
   return out;
 }
@@ -177,6 +181,22 @@ void load_tile(const T* from, const TokenView& view, const TileTokens& tokens, i
   }
   for (int i = tokens.count; i < tokens.rows(); ++i)
     for (int64_t c = 0; c < channels; ++c) tile[i * row + c] = 0.0f;
+}
+
+// A tile and the distance of its rows: the operand's own memory where that has the form of a tile, else `copy`.
+struct Tile {
+  const float* data;
+  int64_t row;
+};
+template <typename T>
+BTI_FAST_INLINE Tile tile_of(const T* from, const TokenView& view, const TileTokens& tokens, int64_t channels,
+                             float* copy) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (view.channel == 1 && view.token == channels && tokens.whole && tokens.count == tokens.rows())
+      return {from + tokens.first * view.token, channels};
+  }
+  load_tile(from, view, tokens, channels, copy, channels + kPadding);
+  return {copy, channels + kPadding};
 }
 
 // The other way, token i times factor[i].
