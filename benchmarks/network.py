@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=("contiguous", "channels_last"), default="contiguous")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    # A training step needs batch statistics, which one image does not have.
+    modes = MODES if options.batch > 1 else MODES[:1]
     if options.one:
         print(json.dumps(_measure(options, *options.one.split(","))))
         return 0
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(f"{'interaction':12} {'mode':14} {'provider':8} {'median s':>9} {'min-max':>15} {'peak GB':>8}")
     for interaction in options.interactions:
-        for mode in MODES:
+        for mode in modes:
             for provider in ("eager", "compile") if options.compile else ("eager",):
                 row = _in_fresh_process(
                     sys.argv[1:] if arguments is None else arguments, interaction, mode, provider
