@@ -27,6 +27,7 @@ READ_MAPS = {"forward", "backward", *PASSES} - {"sum_rows"}
 MULTIPLY = {"statistics", "reduce_gradient", "input_gradient"}
 
 
+@pytest.mark.timeout(900)  # half a minute each on an idle core
 @pytest.mark.parametrize("operator", CHOSEN)
 def test_every_target_compiles_without_spills(operator, tmp_path):
     specimens, kernels = CHOSEN[operator]
