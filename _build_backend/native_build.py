@@ -81,11 +81,13 @@ def _torch_candidates():
 
 def _parent_prefix() -> str | None:
     """Prefix of the Python that started this build, where the system can say (Linux)."""
+    process = Path(f"/proc/{os.getppid()}")
     try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[0].decode()
+        command = (process / "cmdline").read_bytes().split(b"\0")[0].decode()
+        started_in = os.readlink(process / "cwd")  # a relative command is relative to that
     except (OSError, UnicodeDecodeError):
         return None
-    return str(Path(command).parent.parent) if "/" in command else None
+    return str(Path(started_in, command).parent.parent) if "/" in command else None
 
 
 def find_torch() -> tuple[Path, str, str | None] | None:
