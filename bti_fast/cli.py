@@ -266,7 +266,10 @@ def build_parser() -> Parser:
     )
     check.add_argument("path", nargs="?", type=str | None, help="Folder with the images.")
     check.add_argument(
-        "--layout", type=str, default="auto", help="busi, manifest, or auto to look for itself."
+        "--layout",
+        type=str,
+        default="auto",
+        help="busi, ham10000, brisc2025, manifest, or auto to look for itself.",
     )
     check.add_argument(
         "--json", type=str | None, default=None, help="Also write the report to this JSON file."

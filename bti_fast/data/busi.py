@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bti_fast.data.cases import Case, DatasetIndex, Problem, natural_key, sorted_cases
-from bti_fast.data.images import SUFFIXES
+from bti_fast.data.cases import Case, DatasetIndex, Problem, sorted_cases
+from bti_fast.data.folders import by_stem, image_paths, missing_mask, note_orphans
 from bti_fast.errors import UserError
 
 CLASSES = ("benign", "malignant", "normal")
@@ -14,7 +14,6 @@ FOLDER = "Dataset_BUSI_with_GT"
 LOOKS_LIKE = f"a folder {FOLDER} with the class folders {', '.join(CLASSES)}"
 
 _MASK = re.compile(r"(?P<stem>.+)_mask(?:_\d+)?", re.IGNORECASE)
-_CLUTTER = frozenset({"thumbs.db", "desktop.ini"})
 
 
 def find(path: Path) -> Path | None:
@@ -49,31 +48,20 @@ def read(root: Path, *, allow_missing_classes: bool = False) -> DatasetIndex:
 
 
 def _read_class(root: Path, name: str, problems: list[Problem]) -> list[Case]:
-    images: dict[str, Path] = {}
+    plain: list[Path] = []
     masks: dict[str, list[Path]] = {}
-    for path in sorted((root / name).iterdir(), key=lambda p: natural_key(p.name)):
-        if path.name.startswith(".") or path.name.lower() in _CLUTTER:
-            continue
-        if path.suffix.lower() not in SUFFIXES or path.is_dir():
-            message = f"{path}: not an image file by its name; ignored"
-            problems.append(Problem(path, "unexpected-file", message, excluded=True))
-        elif match := _MASK.fullmatch(path.stem):
+    for path in image_paths(root / name, problems):
+        if match := _MASK.fullmatch(path.stem):
             masks.setdefault(match["stem"], []).append(path)
-        elif path.stem in images:
-            message = f"{path}: second image of this name beside {images[path.stem].name}; ignored"
-            problems.append(Problem(path, "unexpected-file", message, excluded=True))
         else:
-            images[path.stem] = path
-    for stem in masks.keys() - images.keys():
-        for path in masks[stem]:
-            problems.append(
-                Problem(path, "orphan-mask", f"{path}: mask without an image; ignored", excluded=True)
-            )
+            plain.append(path)
+    images = by_stem(plain, problems)
+    note_orphans(masks, images, problems)
     cases = []
     for stem, image in images.items():
         own = tuple(masks.get(stem, ()))
         known = bool(own) or name == "normal"
         if not known:
-            problems.append(Problem(image, "missing-mask", f"{image}: no mask file; used for its class only"))
+            problems.append(missing_mask(image))
         cases.append(Case(image.relative_to(root).as_posix(), image, own, known, name))
     return cases

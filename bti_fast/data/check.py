@@ -26,6 +26,9 @@ _WARNINGS = frozenset(
     (
         "missing-mask",
         "missing-class",
+        "missing-folder",
+        "class-mismatch",
+        "split-mismatch",
         "empty-class",
         "orphan-mask",
         "unexpected-file",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from bti_fast.data import busi, manifest
+from bti_fast.data import brisc2025, busi, ham10000, manifest
 from bti_fast.data.cases import DatasetIndex
 from bti_fast.data.verify import drop_unusable
 from bti_fast.errors import UserError
@@ -19,11 +19,14 @@ class Layout(NamedTuple):
     looks_like: str
     find: Callable[[Path], Path | None]
     read: Callable[..., DatasetIndex]
+    class_folders: bool = False  # its reader takes allow_missing_classes
 
 
 # A new data set is one file with `find` and `read`, and one line here; "auto" tries them in this order.
 LAYOUTS: dict[str, Layout] = {
-    "busi": Layout(busi.LOOKS_LIKE, busi.find, busi.read),
+    "busi": Layout(busi.LOOKS_LIKE, busi.find, busi.read, class_folders=True),
+    "ham10000": Layout(ham10000.LOOKS_LIKE, ham10000.find, ham10000.read),
+    "brisc2025": Layout(brisc2025.LOOKS_LIKE, brisc2025.find, brisc2025.read, class_folders=True),
     "manifest": Layout(manifest.LOOKS_LIKE, manifest.find, manifest.read),
 }
 
@@ -47,8 +50,9 @@ def read_dataset(
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; needs a data set")
         name, root = _choose(path, layout)
-        options = {"allow_missing_classes": allow_missing_classes} if name == "busi" else {}
-        index = LAYOUTS[name].read(root, **options)
+        known = LAYOUTS[name]
+        options = {"allow_missing_classes": allow_missing_classes} if known.class_folders else {}
+        index = known.read(root, **options)
     except OSError as cause:
         raise UserError(
             f"{path}: cannot be listed ({cause.strerror or cause}); needs read permission"

@@ -24,13 +24,15 @@ class TrainConfig:
     """Everything that decides the weights of a training run. The defaults are the paper's recipe."""
 
     data: str | None = option(
-        None, "Folder with the images: BUSI as released, or any folder with a manifest.csv.", "Data"
+        None,
+        "Folder with the images: BUSI, HAM10000, BRISC 2025 as released, or any with a manifest.csv.",
+        "Data",
     )
     out: str | None = option(
         None, "Folder of this run: weights, logs, report. Must not hold another run.", "Data"
     )
     layout: str = option(
-        "auto", "How the data folder is organised: busi, manifest, or auto to look for itself.", "Data"
+        "auto", "Data layout: busi, ham10000, brisc2025, manifest, or auto to look for itself.", "Data"
     )
     split: Literal["grouped", "official", "random"] = option(
         "grouped",
@@ -202,7 +204,7 @@ class EvaluateConfig:
         None, "Folder with the images; by default the one the run was trained on.", "Input"
     )
     layout: str = option(
-        "auto", "How the data folder is organised: busi, manifest, or auto to look for itself.", "Input"
+        "auto", "Data layout: busi, ham10000, brisc2025, manifest, or auto to look for itself.", "Input"
     )
     split: Literal["train", "val", "test", "all"] = option(
         "test",

@@ -61,3 +61,35 @@ def make_busi(root: Path, each: int = 4) -> Path:
             mask = square_mask() if name != "normal" else np.zeros((40, 50), dtype=np.uint8)
             save(folder / f"{name} ({i})_mask.png", mask)
     return root
+
+
+def make_ham10000(root: Path, lesions: int = 2, images: int = 2) -> Path:
+    """HAM10000 with `lesions` a class of `images` each, over both parts; returns its folder."""
+    root = root / "HAM10000"
+    rows, number = ["lesion_id,image_id,dx,dx_type,age,sex,localization"], 0
+    for label in ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"):
+        for lesion in range(lesions):
+            for _ in range(images):
+                name, part = f"ISIC_{number:07d}", 1 + number % 2
+                image = np.repeat(texture(number)[..., None], 3, axis=2)
+                save(root / f"HAM10000_images_part_{part}" / f"{name}.jpg", image)
+                masks = root / "HAM10000_segmentations_lesion_tschandl"
+                save(masks / f"{name}_segmentation.png", square_mask())
+                rows.append(f"HAM_{label}_{lesion},{name},{label},histo,50.0,male,back")
+                number += 1
+    (root / "HAM10000_metadata.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def make_brisc2025(root: Path, train: int = 3, test: int = 2) -> Path:
+    """BRISC 2025 with `train` and `test` images a class; returns the folder with classification_task."""
+    root, number = root / "brisc2025", 0
+    for part, count in (("train", train), ("test", test)):
+        for name, code in (("glioma", "gl"), ("meningioma", "me"), ("no_tumor", "no"), ("pituitary", "pi")):
+            for _ in range(count):
+                number += 1
+                stem = f"brisc2025_{part}_{number:05d}_{code}_ax_t1"
+                save(root / "classification_task" / part / name / f"{stem}.jpg", texture(number))
+                if name != "no_tumor":
+                    save(root / "segmentation_task" / part / "masks" / f"{stem}.png", square_mask())
+    return root
