@@ -133,6 +133,24 @@ class TrainConfig:
         high=2**31 - 1,
     )
 
+    sampling: Literal["shuffled", "balanced"] = option(
+        "shuffled",
+        "Training order: balanced draws every class equally often (with repeats), for rare classes.",
+        "Imbalance",
+    )
+    class_loss: Literal["focal", "balanced"] = option(
+        "focal",
+        "Class loss: balanced also weighs each class by its inverse effective number of cases.",
+        "Imbalance",
+    )
+    class_beta: float = option(
+        0.999,
+        "For --class-loss balanced: 0 weighs all classes alike, close to 1 by one over their cases.",
+        "Imbalance",
+        low=0.0,
+        high=0.999999,
+    )
+
     boundary: Literal["soft", "hard"] = option(
         "soft",
         "Boundary loss: hard thresholds the mask as the published code does and so trains nothing.",

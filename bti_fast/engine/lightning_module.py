@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from bti_fast import losses
+from bti_fast.data import CaseDataset
 from bti_fast.engine.config import TrainConfig
 from bti_fast.engine.lightning_import import lightning
-from bti_fast.engine.loaders import start_epoch
+from bti_fast.engine.loaders import count_classes, start_epoch
 from bti_fast.engine.schedule import Counters, cosine_share
 from bti_fast.errors import UserError
 from bti_fast.models import BTINet
@@ -78,6 +79,7 @@ class TaskStage(Stage):
 
     def __init__(self, model: BTINet, config: TrainConfig, counters: Counters) -> None:
         super().__init__(model, config, counters)
+        self.class_weights: Tensor | None = None  # (L,), of the class-balanced loss
         self._overlap = [
             0.0,
             0.0,
@@ -87,6 +89,12 @@ class TaskStage(Stage):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self._adam(list(self.model.parameters()), self.config.learning_rate)
+
+    def on_train_start(self) -> None:
+        if self.config.class_loss == "balanced":
+            self.class_weights = balanced_class_weights(
+                self.trainer.train_dataloader.dataset, self.config.class_beta
+            )
 
     def loss_weights(self) -> tuple[float, float]:
         """Weights of the mask and the class loss in this epoch."""
@@ -106,18 +114,26 @@ class TaskStage(Stage):
         seg, cls, auxiliary = self._losses(out, batch)
         w_seg, w_cls = self.loss_weights()
         total = w_seg * seg + w_cls * cls + auxiliary
-        count = len(batch["id"])
-        for name, value in (("train_loss", total), ("train_seg_loss", seg), ("train_cls_loss", cls)):
-            self.add(name, value, count)
+        self.add("train_loss", total, len(batch["id"]))
+        self.add("train_seg_loss", seg, int(batch["has_mask"].sum()))
+        self.add("train_cls_loss", cls, int(batch["has_label"].sum()))
         return total
 
     def _losses(self, out: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         mask, label, has_mask, has_label = (batch[key] for key in ("mask", "label", "has_mask", "has_label"))
         boundary = self.config.boundary
         seg = losses.segmentation_loss(out.seg_logits, mask, has_mask, boundary=boundary)
-        cls = losses.classification_loss(out.cls_logits, label, has_label)
+        weights = self.class_weights
+        cls = losses.classification_loss(out.cls_logits, label, has_label, class_weights=weights)
         auxiliary = losses.auxiliary_loss(
-            out.aux_seg_logits, out.aux_cls_logits, mask, label, has_mask, has_label, boundary=boundary
+            out.aux_seg_logits,
+            out.aux_cls_logits,
+            mask,
+            label,
+            has_mask,
+            has_label,
+            boundary=boundary,
+            class_weights=weights,
         )
         return seg, cls, auxiliary
 
@@ -127,15 +143,9 @@ class TaskStage(Stage):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         out = self.model(batch["image"])
         seg, cls, _ = self._losses(out, batch)
-        w_seg, w_cls = self.loss_weights()
-        count = len(batch["id"])
-        for name, value in (
-            ("val_loss", w_seg * seg + w_cls * cls),
-            ("val_seg_loss", seg),
-            ("val_cls_loss", cls),
-        ):
-            self.add(name, value, count)
         has_mask, has_label = batch["has_mask"], batch["has_label"]
+        self.add("val_seg_loss", seg, int(has_mask.sum()))
+        self.add("val_cls_loss", cls, int(has_label.sum()))
         if bool(has_mask.any()):
             logits, truth = out.seg_logits[has_mask].float(), batch["mask"][has_mask] > 0.5
             self.add("val_iou", mask_iou(logits > 0, truth).mean(), len(truth))
@@ -159,8 +169,18 @@ class TaskStage(Stage):
             shares = [i / u for i, u in zip(self._overlap[::2], self._overlap[1::2], strict=True) if u]
             iou = sum(shares) / len(shares)
         score = selection_score(iou, accuracy)
+        weights = dict(zip(("val_seg_loss", "val_cls_loss"), self.loss_weights(), strict=True))
+        # From the means, not batch by batch: a batch without masks says nothing of the mask loss.
+        loss = sum(weight * means.get(name, 0.0) for name, weight in weights.items())
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.finish_epoch({"val_score": score, "learning_rate": rate, "weight_seg": self.loss_weights()[0]})
+        self.finish_epoch(
+            {
+                "val_loss": loss,
+                "val_score": score,
+                "learning_rate": rate,
+                "weight_seg": self.loss_weights()[0],
+            }
+        )
 
 
 class GateStage(Stage):
@@ -182,30 +202,39 @@ class GateStage(Stage):
         super().on_train_epoch_start()
         self.model.eval()
 
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
+    def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         out = self.model(batch["image"])
-        return losses.gate_loss(
+        return losses.gate_losses(
             out.gates,
             out.seg_logits,
             batch["mask"],
             out.cls_logits,
-            batch["label"],
             batch["has_mask"],
             batch["has_label"],
             scaling=self.config.gate_targets,
         )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
-        self.add("train_loss", loss, len(batch["id"]))
-        return loss
+        seg, cls = self._losses(batch)
+        self.add("train_loss", seg + cls, len(batch["id"]))
+        return seg + cls
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.add("val_loss", self._loss(batch), len(batch["id"]))
+        seg, cls = self._losses(batch)
+        self.add("val_w_seg_loss", seg, int(batch["has_mask"].sum()))
+        self.add("val_w_cls_loss", cls, int(batch["has_label"].sum()))
 
     def on_validation_epoch_end(self) -> None:
+        means = self.means()
+        loss = sum(means.get(name, 0.0) for name in ("val_w_seg_loss", "val_w_cls_loss"))
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.finish_epoch({"val_score": -self.means()["val_loss"], "learning_rate": rate})
+        self.finish_epoch({"val_loss": loss, "val_score": -loss, "learning_rate": rate})
+
+
+def balanced_class_weights(data: CaseDataset, beta: float) -> Tensor | None:
+    """losses.class_balanced_weights of a training set, or None where no case of it has a class."""
+    counts = count_classes(data.cases, data.classes).values()
+    return losses.class_balanced_weights(list(counts), beta) if any(counts) else None
 
 
 def mask_iou(predicted: Tensor, truth: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ SPLITS = ("train", "val", "test")
 class EpochBatches(Sampler[list[int]]):
     """Batches of shuffled indices that depend on (seed, epoch) alone.
 
-    A last batch of one joins the batch before it: BatchNorm needs two.
+    With weights, one a case, indices are drawn with replacement in their proportion instead. A last batch of
+    one joins the batch before it: BatchNorm needs two.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, count: int, batch_size: int, seed: int, weights: Sequence[float] | None = None
+    ) -> None:
         self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+        self.weights = None if weights is None else list(weights)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next pass."""
@@ -36,19 +41,37 @@ class EpochBatches(Sampler[list[int]]):
         return max(1, full + (rest > 1))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(self.count))
         # A string seed is hashed the same way on every machine.
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        order = self._order(random.Random(f"{self.seed}/{self.epoch}"))
         cuts = [self.batch_size * i for i in range(len(self))] + [self.count]
         for start, stop in zip(cuts, cuts[1:], strict=False):
             yield order[start:stop]
 
+    def _order(self, generator: random.Random) -> list[int]:
+        if self.weights is not None:
+            return generator.choices(range(self.count), self.weights, k=self.count)
+        order = list(range(self.count))
+        generator.shuffle(order)
+        return order
+
+
+def balanced_weights(labels: Sequence[str | None]) -> list[float]:
+    """Draw weights under which every class is drawn equally often; cases without a class as often as before.
+
+    They sum to the number of cases.
+    """
+    counts = Counter(label for label in labels if label is not None)
+    known = sum(counts.values())
+    return [1.0 if label is None else known / (len(counts) * counts[label]) for label in labels]
+
 
 def training_loader(
-    dataset: CaseDataset, batch_size: int, seed: int, workers: int
+    dataset: CaseDataset, batch_size: int, seed: int, workers: int, *, balanced: bool = False
 ) -> DataLoader[dict[str, Any]]:
-    """Shuffled batches; call start_epoch before each pass."""
-    return _loader(dataset, workers, batch_sampler=EpochBatches(len(dataset), batch_size, seed))
+    """Shuffled batches, or drawn with replacement where balanced; call start_epoch before each pass."""
+    weights = balanced_weights([case.label for case in dataset.cases]) if balanced else None
+    batches = EpochBatches(len(dataset), batch_size, seed, weights)
+    return _loader(dataset, workers, batch_sampler=batches)
 
 
 def start_epoch(loader: DataLoader[dict[str, Any]], epoch: int) -> None:

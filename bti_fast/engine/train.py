@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import bti_fast
-from bti_fast.data import CaseDataset, LeakWarning, read_dataset, split_cases
+from bti_fast.data import Case, CaseDataset, LeakWarning, read_dataset, split_cases
 from bti_fast.engine import run_folder
 from bti_fast.engine.config import TrainConfig, resumed_config
 from bti_fast.engine.device import choose_device, set_threads
@@ -88,12 +88,17 @@ def train(
         run_folder.write_config(folder, config)  # last: its presence is what makes the folder a run
     sizes = (len(splits[name]) for name in ("train", "val", "test"))
     _say(console, "{} training, {} validation, {} test cases".format(*sizes))
+    useful = {name: [case for case in splits[name] if _has_truth(case)] for name in ("train", "val")}
+    for name, cases in useful.items():
+        if len(cases) < len(splits[name]):
+            count = len(splits[name]) - len(cases)
+            _say(console, f"warning: {count} {name} cases with neither mask nor class are left out")
 
     metadata = {"data": index.root.name, "mask_threshold": 0.5, "version": bti_fast.__version__}
     log = RunLog(folder, config, metadata, console)
     cache = config.cache_mb << 20
     data = CaseDataset(
-        splits["train"],
+        useful["train"],
         names,
         config.size,
         config.channels,
@@ -101,9 +106,15 @@ def train(
         seed=config.seed,
         cache_bytes=cache,
     )
-    val = CaseDataset(splits["val"], names, config.size, config.channels, cache_bytes=cache)
+    val = CaseDataset(useful["val"], names, config.size, config.channels, cache_bytes=cache)
     loaders = (
-        training_loader(data, config.batch_size, config.seed, config.workers),
+        training_loader(
+            data,
+            config.batch_size,
+            config.seed,
+            config.workers,
+            balanced=config.sampling == "balanced",
+        ),
         ordered_loader(val, config.batch_size, config.workers),
     )
     try:
@@ -269,17 +280,21 @@ def _fit(
 
 def _check_splits(splits: dict[str, list[Any]], config: TrainConfig) -> None:
     """UserError where training or validation would have nothing to work on."""
-    if len(splits["train"]) < 2:
-        raise UserError(
-            f"{config.data}: only {len(splits['train'])} training cases; training needs at least 2"
-        )
     if not splits["val"]:
         raise UserError(f"{config.data}: no validation cases; raise --val-fraction or add images")
     for name in ("train", "val"):
-        if not any(case.mask_known or case.label is not None for case in splits[name]):
+        if splits[name] and not any(map(_has_truth, splits[name])):
             raise UserError(
                 f"{config.data}: none of the {name} cases has a mask or a class, nothing to learn from"
             )
+    count = sum(map(_has_truth, splits["train"]))
+    if count < 2:
+        raise UserError(f"{config.data}: only {count} training cases; training needs at least 2")
+
+
+def _has_truth(case: Case) -> bool:
+    """Whether anything can be learned from a case; one without mask and class only costs time."""
+    return case.mask_known or case.label is not None
 
 
 def _finish(

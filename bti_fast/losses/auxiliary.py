@@ -25,12 +25,13 @@ def auxiliary_loss(
     *,
     boundary: Boundary = "soft",
     task_weights: tuple[float, float] = (1.0, 1.0),
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """0.1 · (segmentation_loss + classification_loss) summed over the levels (SPEC §5), a scalar.
 
     aux_seg_logits: (B, K, h, w) a level, aux_cls_logits: (B, L) a level, either possibly empty; the mask
-    (B, 1 or K, H, W) is brought to (h, w) by area averaging. task_weights weigh the two losses. Without
-    levels the result is a constant 0. Errors as in the two losses.
+    (B, 1 or K, H, W) is brought to (h, w) by area averaging. task_weights weigh the two losses, class_weights
+    are classification_loss's. Without levels the result is a constant 0. Errors as in the two losses.
     """
     total = torch.zeros((), device=mask.device)
     for logits in aux_seg_logits:
@@ -39,5 +40,6 @@ def auxiliary_loss(
         loss = segmentation_loss(logits, resized, has_mask, boundary=boundary)
         total = total + AUXILIARY_WEIGHT * task_weights[0] * loss
     for logits in aux_cls_logits:
-        total = total + AUXILIARY_WEIGHT * task_weights[1] * classification_loss(logits, label, has_label)
+        loss = classification_loss(logits, label, has_label, class_weights=class_weights)
+        total = total + AUXILIARY_WEIGHT * task_weights[1] * loss
     return total

@@ -93,14 +93,28 @@ def gate_loss(
     *,
     scaling: Scaling = "rank",
 ) -> Tensor:
-    """Gate loss of stage 2 (SPEC §5): mean binary cross-entropy of w_seg over levels and samples plus that
-    of w_cls.
+    """Gate loss of stage 2 (SPEC §5), the sum of the two `gate_losses`, with their arguments and errors."""
+    seg, cls = gate_losses(gates, seg_logits, mask, cls_logits, has_mask, has_label, scaling=scaling)
+    return seg + cls
+
+
+def gate_losses(
+    gates: Sequence[Tensor],
+    seg_logits: Tensor,
+    mask: Tensor,
+    cls_logits: Tensor,
+    has_mask: Tensor | None = None,
+    has_label: Tensor | None = None,
+    *,
+    scaling: Scaling = "rank",
+) -> tuple[Tensor, Tensor]:
+    """Mean binary cross-entropy over levels and samples of w_seg, and that of w_cls, two scalars in fp32.
 
     gates: one (B, 2) tensor [w_seg, w_cls] in [0, 1] a level; seg_logits, mask and has_mask as in
-    segmentation_loss; cls_logits (B, L); label is not looked at (a difficulty is 1 - confidence), but
-    has_label (B,) bool leaves samples out. scaling="rank": targets are ranks within the batch; "minmax" is
-    the published scaling, under which a batch of one always asks for open gates. A scalar in fp32;
-    gradients reach the gates only. ValueError where there are no gates.
+    segmentation_loss; cls_logits (B, L); the class itself is not looked at (a difficulty is 1 - confidence),
+    but has_label (B,) bool leaves samples out. scaling="rank": targets are ranks within the batch; "minmax"
+    is the published scaling, under which a batch of one always asks for open gates. Gradients reach the gates
+    only. ValueError where there are no gates.
     """
     if not gates:
         raise ValueError(
@@ -120,4 +134,4 @@ def gate_loss(
         w_seg = torch.where(seg_has, stacked[..., 0], 0.5)
         w_cls = torch.where(cls_has, stacked[..., 1], 0.5)
         seg = mean_where(seg_has, gate_cross_entropy(w_seg, seg_target).mean(0))
-        return seg + mean_where(cls_has, gate_cross_entropy(w_cls, cls_target).mean(0))
+        return seg, mean_where(cls_has, gate_cross_entropy(w_cls, cls_target).mean(0))

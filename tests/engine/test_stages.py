@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bti_fast.engine.lightning_module import TaskStage, mask_iou, selection_score
+from bti_fast.data import CaseDataset, read_dataset
+from bti_fast.engine.lightning_module import TaskStage, balanced_class_weights, mask_iou, selection_score
 from bti_fast.engine.run_folder import load_model
 from bti_fast.engine.schedule import Counters
 from bti_fast.engine.train import build_model, class_names
 from bti_fast.errors import UserError
+from bti_fast.losses import class_balanced_weights
 from tests.engine.tiny import TinyEncoder, tiny_config, tiny_train
 
 
@@ -40,6 +42,28 @@ def test_every_interaction_trains(phantoms: Path, tmp_path: Path, interaction: s
     tiny_train(phantoms, tmp_path / "run", interaction=interaction, epochs=1, gate_epochs=1)
     tensors = load_file(tmp_path / "run" / "model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+
+
+def test_options_against_imbalance(phantoms: Path, tmp_path: Path) -> None:
+    """Each option changes what is learned; the balanced loss weighs equal classes alike."""
+    runs = {
+        "plain": {},
+        "sampling": {"sampling": "balanced"},
+        "loss": {"class_loss": "balanced", "class_beta": 0.9},
+    }
+    for name, changes in runs.items():
+        tiny_train(phantoms, tmp_path / name, interaction="none", epochs=1, **changes)
+    plain, sampling, loss = (load_file(tmp_path / name / "model.safetensors") for name in runs)
+    assert not torch.equal(plain["cls_out.weight"], sampling["cls_out.weight"])
+    torch.testing.assert_close(plain["cls_out.weight"], loss["cls_out.weight"], atol=1e-5, rtol=1e-4)
+
+    index = read_dataset(phantoms)
+    few = [case for case in index.cases if case.label != "benign"]
+    few.append(next(case for case in index.cases if case.label == "benign"))
+    weights = balanced_class_weights(CaseDataset(few, index.classes, 32), 0.9)
+    counts = torch.tensor([sum(case.label == name for case in few) for name in index.classes])
+    torch.testing.assert_close(weights, class_balanced_weights(counts.tolist(), 0.9))
+    assert weights.argmax() == counts.argmin()
 
 
 def test_mask_iou_by_hand() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bti_fast.losses import classification_loss
+from bti_fast.losses import auxiliary_loss, class_balanced_weights, classification_loss
 
 
 def batch():
@@ -101,3 +101,39 @@ def test_errors_name_the_argument(change, message):
     logits, label = batch()
     with pytest.raises(ValueError, match=message):
         classification_loss(**{"logits": logits, "label": label, **change})
+
+
+def test_class_balanced_weights_by_hand():
+    # (1 - 0.5) / (1 - 0.5^n) for n = 1, 2, 3: 1, 2/3, 4/7; mean over the six cases (1 + 4/3 + 12/7) / 6.
+    weights = torch.tensor([1, 2 / 3, 4 / 7], dtype=torch.float64)
+    weights = weights / ((1 + 4 / 3 + 12 / 7) / 6)
+    torch.testing.assert_close(class_balanced_weights([1, 2, 3], 0.5), weights.float())
+    assert class_balanced_weights([5, 1, 9], 0.0).tolist() == [1.0, 1.0, 1.0]
+    by_count = class_balanced_weights([10, 40], 1 - 1e-12)
+    torch.testing.assert_close(by_count, torch.tensor([2.5, 0.625]))  # N / (L n)
+    found = class_balanced_weights([30, 0, 10], 0.99)
+    assert found[1] == 0 and float((found * torch.tensor([30.0, 0, 10])).sum()) == pytest.approx(40)
+
+
+@pytest.mark.parametrize(
+    ("counts", "beta", "message"),
+    [([1, 2], 1.0, "beta: got 1.0"), ([0, 0], 0.9, "counts: got"), ([1, -1], 0.9, "counts: got")],
+)
+def test_class_balanced_weights_refuse(counts, beta, message):
+    with pytest.raises(ValueError, match=message):
+        class_balanced_weights(counts, beta)
+
+
+def test_class_weights_multiply_each_sample():
+    logits, label = batch()
+    has = torch.tensor([True, True, False, True, True, True])
+    weights = torch.tensor([2.0, 0.5, 1.0, 0.0])
+    alone = [classification_loss(logits[i : i + 1], label[i : i + 1]) * weights[label[i]] for i in range(6)]
+    truth = sum(loss for loss, h in zip(alone, has, strict=True) if h) / 5
+    torch.testing.assert_close(classification_loss(logits, label, has, class_weights=weights), truth)
+    auxiliary = auxiliary_loss(
+        (), (logits,), torch.zeros(6, 1, 2, 2), label, None, has, class_weights=weights
+    )
+    torch.testing.assert_close(auxiliary, 0.1 * truth)
+    with pytest.raises(ValueError, match=r"class_weights: got shape \(3,\), needs \(4,\)"):
+        classification_loss(logits, label, class_weights=weights[:3])
