@@ -1,81 +1,200 @@
-"""``bti-fast benchmark``: the operators' speed table on this machine."""
+"""``bti-fast benchmark``: what the operators and the network cost here, beside everybody else who can
+compute them."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
-import platform
-from dataclasses import asdict
+import sys
 from pathlib import Path
 
-OPERATORS = ("entropy_uncertainty", "gated_fusion", "task_interaction", "cross_attention")
+from bti_fast.errors import UserError
+
+EXAMPLES = """\
+bti-fast benchmark                            the operators at the paper's levels; under 5 minutes on 2 cores
+bti-fast benchmark --level 3 --no-compile     one size, in seconds
+bti-fast benchmark --full --save all.csv      all: batch 1, 3D, dtypes, layouts, modules, network, sweeps
+bti-fast benchmark --compare old.csv new.csv  exit status 1 where something became slower
+bti-fast benchmark --load all.csv --report all.html
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses the flags, measures, prints one table, and writes JSON where asked."""
+    """Measures, or works on tables measured before; 1 where a comparison or a correctness check failed, 2 for
+    bad input."""
+    options = parse(arguments)
+    try:
+        if options.compare:
+            return compare_tables(options)
+        if options.readme:
+            from .readme import update
+
+            print(update())
+            return 0
+        if options.load:
+            return load_tables(options)
+        return run(options)
+    except UserError as error:
+        print(f"bti-fast benchmark: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(
         prog="bti-fast benchmark",
-        description="Measure the operators beside eager PyTorch and torch.compile, interleaved in one run.",
+        description="Measure the operators and the network beside eager PyTorch, torch.compile and attention "
+        "backends, interleaved in one run, against the machine's own ceilings.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--only", choices=OPERATORS, nargs="+", default=OPERATORS, help="operators to measure"
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="operators or modules, by name")
+    what.add_argument("--group", nargs="+", metavar="GROUP", help="groups of cases (default: levels)")
+    what.add_argument(
+        "--full", action="store_true", help="every group, torch.compile and max-autotune everywhere"
     )
-    parser.add_argument("--level", type=int, choices=(1, 2, 3, 4), help="one size of the four instead of all")
-    parser.add_argument("--batch", type=int, help="images in a batch (default: 8; 2 for cross_attention)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time budget for each line (default: 2)")
-    parser.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out, which takes minutes"
+    what.add_argument("--level", type=int, metavar="N", help="one size of the four (five for attention)")
+    what.add_argument(
+        "--batch", type=int, metavar="N", help="batch of the group levels (default: 8, attention 2)"
     )
-    parser.add_argument("--save", type=Path, help="write the rows as JSON here")
+    what.add_argument("--list", action="store_true", help="name the cases and stop")
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    how.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads (default: 2)")
+    how.add_argument(
+        "--seconds", type=float, default=0.4, metavar="X", help="for each row, about (default: 0.4)"
+    )
+    how.add_argument(
+        "--isa",
+        nargs="+",
+        default=["auto"],
+        metavar="NAME",
+        help="instruction sets: auto, portable, avx2, avx512",
+    )
+    how.add_argument(
+        "--compile",
+        choices=("none", "default", "all"),
+        help="cases at which torch.compile, which takes minutes, is measured (default: default; --full: all)",
+    )
+    how.add_argument("--no-compile", action="store_true", help="the same as --compile none")
+    how.add_argument("--max-autotune", action="store_true", help="torch.compile's max-autotune mode too")
+    out = parser.add_argument_group("results")
+    out.add_argument("--save", type=Path, metavar="FILE", help="write or update a table of rows (CSV)")
+    out.add_argument(
+        "--report", type=Path, metavar="PAGE", help="write a report page (HTML, needs matplotlib)"
+    )
+    out.add_argument("--load", type=Path, nargs="+", metavar="FILE", help="measure nothing; use these tables")
+    out.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two tables")
+    out.add_argument(
+        "--threshold", type=float, default=0.15, metavar="X", help="of --compare (default: 0.15)"
+    )
+    out.add_argument(
+        "--readme", action="store_true", help="rewrite the README's figures from benchmarks/results"
+    )
     options = parser.parse_args(arguments)
+    options.compile = (
+        "none" if options.no_compile else options.compile or ("all" if options.full else "default")
+    )
+    return options
 
+
+def run(options: argparse.Namespace) -> int:
+    """Measures the cases asked for and prints, saves and reports them."""
     import torch
 
-    from bti_fast import __version__
+    from . import table
+    from .harness import MODES
+    from .measure import Settings, blank, machine_rows, measure
+    from .peers import Choice
+    from .registry import DEFAULT_GROUP, GROUPS, cases, select
+    from .rows import save
+    from .whole_network import Network, measure_networks
 
-    from .harness import MODES, ceilings, measure
-
+    for name in ("threads", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: found {value}, needed at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here")
+    groups = options.group or (GROUPS if options.full else (DEFAULT_GROUP,))
+    chosen = select(cases(options.batch, options.device), options.only, groups, options.level)
+    if options.list:
+        print("\n".join(f"{case.group:18} {case}" for case in chosen))
+        return 0
     torch.set_num_threads(options.threads)
-    bandwidth, rate = ceilings(options.threads)
-    print(
-        f"bti_fast {__version__}, torch {torch.__version__}, {platform.machine()}, "
-        f"{options.threads} threads: copy {bandwidth / 1e9:.1f} GB/s, sgemm {rate / 1e9:.0f} GFLOP/s, "
-        f"float32, medians"
-    )
-    print(
-        f"{'operator':20} {'size':24} {'mode':17} {'provider':9} {'ms':>8} {'p20-p80':>15} "
-        f"{'vs eager':>9} roofline"
-    )
-    rows = []
-    for name in options.only:
-        module = importlib.import_module(f".{name}", __package__)
-        cases = module.benchmarks(**({"batch": options.batch} if options.batch else {}))
-        for case in cases if options.level is None else cases[options.level - 1 : options.level]:
-            if options.no_compile:
-                case.providers.pop("compile", None)
-            for mode in MODES:
-                for row in measure(case, mode, options.seconds):
-                    rows.append(row)
-                    print(
-                        f"{row.operator:20} {row.size:24} {row.mode:17} {row.provider:9} {row.p50:8.2f} "
-                        f"{row.p20:7.2f}-{row.p80:<7.2f} {row.ratio:8.2f}x {row.roofline:7.0%}",
-                        flush=True,
-                    )
+    choice = Choice(options.compile, options.max_autotune or options.full, isas=tuple(options.isa))
+    settings = Settings(options.device, options.threads, options.seconds, choice)
+    row = blank(settings)
+    print(f"bti_fast {row.bti_fast} ({row.commit or 'no commit'}), torch {row.torch}, {row.device}")
+    print("medians of interleaved repeats")
+    rows = machine_rows("before", settings, row)
+    failures, last = [], None
+
+    def show(found: list) -> None:
+        nonlocal last
+        if table.title(found) != last:
+            last = table.title(found)
+            print(f"{last}\n{table.HEADER}")
+        print("\n".join(table.lines(found)), flush=True)
+        rows.extend(found)
+        if options.save:  # after every case: an interruption loses one
+            save(options.save, rows)
+
+    for case in (case for case in chosen if not isinstance(case, Network)):
+        for mode in MODES:
+            try:
+                show(measure(case, mode, settings, row))
+            except AssertionError as wrong:
+                failures.append(str(wrong))
+                print(f"WRONG  {wrong}", flush=True)
+    networks = [case for case in chosen if isinstance(case, Network)]
+    if networks and options.device == "cpu":
+        for found in measure_networks(networks, options.threads, row):
+            show(found)
+    rows += machine_rows("after", settings, row)
     if options.save:
-        record = {
-            "bti_fast": __version__,
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "threads": options.threads,
-            "copy_bytes_per_second": bandwidth,
-            "sgemm_flop_per_second": rate,
-            "rows": [asdict(row) for row in rows],
-        }
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(json.dumps(record, indent=1))
+        save(options.save, rows)
+    return finish(options, rows) or (1 if failures else 0)
+
+
+def load_tables(options: argparse.Namespace) -> int:
+    """Prints and reports tables that were measured before."""
+    from .registry import KERNELS
+    from .rows import MACHINE, read
+
+    rows = [row for path in options.load for row in read(path)]
+    for name in options.only:
+        if name not in KERNELS:
+            raise UserError(f"--only: found {name!r}, needed one of {', '.join(KERNELS)}")
+    return finish(
+        options, [row for row in rows if not options.only or row.kernel in (*options.only, MACHINE)]
+    )
+
+
+def finish(options: argparse.Namespace, rows: list) -> int:
+    """The summary and the report page."""
+    from .table import summary
+
+    print("\n".join(summary(rows)))
+    if options.report:
+        from .report import write_report
+
+        write_report(options.report, rows)
+        print(f"\nreport: {options.report}")
     return 0
+
+
+def compare_tables(options: argparse.Namespace) -> int:
+    """Prints what changed; 1 where something of ours became slower or larger."""
+    from .compare import changes, describe
+    from .rows import read
+
+    if options.threshold <= 0:
+        raise UserError(f"--threshold: found {options.threshold}, needed a positive share such as 0.15")
+    old, new = (read(path) for path in options.compare)
+    lines, worse = describe(changes(old, new), options.threshold)
+    print("\n".join(lines))
+    return 1 if worse else 0
 
 
 if __name__ == "__main__":

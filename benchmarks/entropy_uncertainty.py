@@ -1,32 +1,31 @@
-"""entropy_uncertainty at the mask sizes of the paper's four levels."""
+"""entropy_uncertainty of mask logits."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from bti_fast import ops, reference
 
-from .harness import PAPER_LEVELS, Benchmark
+from .harness import Case
 
 
-def benchmarks(batch: int = 8, classes: int = 4) -> list[Benchmark]:
-    """One benchmark a level: (batch, classes, side, side) float32 logits."""
-    return [_benchmark(batch, classes, side) for _, side in PAPER_LEVELS]
-
-
-def _benchmark(batch: int, classes: int, side: int) -> Benchmark:
-    pixels = batch * side * side
-    eager = lambda logits: (reference.entropy_uncertainty(logits),)  # noqa: E731
-    forward = 4.0 * pixels * (classes + 1)
-    return Benchmark(
-        operator="entropy_uncertainty",
-        size=f"{batch}x{classes}x{side}x{side}",
-        inputs=lambda: [torch.randn(batch, classes, side, side)],
-        providers={
-            "eager": eager,
-            "compile": torch.compile(eager),
-            "bti_fast": lambda logits: (ops.entropy_uncertainty(logits),),
+def case(batch: int, classes: int, spatial: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Case:
+    """Logits (batch, classes, *spatial)."""
+    shape = (batch, classes, *spatial)
+    pixels, logits = batch * math.prod(spatial), math.prod(shape)
+    forward = logits * dtype.itemsize + 4 * pixels  # the result is float32 in every dtype
+    return Case(
+        kernel="entropy_uncertainty",
+        size="x".join(map(str, shape)),
+        inputs=lambda: [torch.randn(shape)],
+        reference=lambda logits: (reference.entropy_uncertainty(logits),),
+        ours=lambda logits: (ops.entropy_uncertainty(logits),),
+        traffic={
+            "forward": forward,
+            "forward+backward": 2 * forward + logits * dtype.itemsize,
         },
-        traffic={"forward": forward, "forward+backward": forward + 4.0 * pixels * (2 * classes + 1)},
-        flop={"forward": 6.0 * pixels * classes, "forward+backward": 16.0 * pixels * classes},
+        flop={"forward": 6.0 * logits, "forward+backward": 16.0 * logits},
+        dtype=dtype,
     )

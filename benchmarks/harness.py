@@ -1,147 +1,223 @@
-"""How every benchmark is measured: correctness first, then interleaved repeats, against measured ceilings."""
+"""What a benchmark is: one case, those who can compute it, and the check that they compute the same."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-PAPER_LEVELS = (
-    (384, 14),
-    (192, 28),
-    (96, 56),
-    (48, 112),
-)  # channels, side: the four decoder levels at 224 px
+from bti_fast import ops, reference
+
+# channels, side: the four decoder levels at 224 px
+PAPER_LEVELS = ((384, 14), (192, 28), (96, 56), (48, 112))
 MODES = ("forward", "forward+backward")
+# Relative to the largest value; a 16-bit dtype rounds its results to about half of these.
+FLOORS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-10}
+
+
+class WrongResult(AssertionError):
+    """Somebody's numbers are not the reference's."""
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """One operator at one size, with everybody who can compute it.
+class Case:
+    """One operator or module at one size, in one dtype and layout.
 
-    ``inputs`` makes fresh tensors; floating-point ones get gradients in mode "forward+backward", except those
-    at the positions ``constant``. The traffic is the least that any implementation moves, in bytes.
+    ``inputs`` makes the float32 arguments of ``reference`` and ``ours``; those at the positions ``constant``
+    have no gradient. Where there is a ``module``, it is made once, and its parameters get gradients too;
+    ``reference`` and ``ours`` then take it as their first argument. ``peers`` maps further providers to
+    (call, context around it) or to the reason why they cannot take part. ``traffic`` (bytes) and ``flop``
+    are the least that any implementation needs, by mode. ``x`` is the quantity that a sweep varies.
     """
 
-    operator: str
+    kernel: str
     size: str
     inputs: Callable[[], list[Tensor]]
-    providers: dict[str, Callable[..., tuple[Tensor, ...]]]
-    traffic: dict[str, float]
-    flop: dict[str, float]
+    reference: Callable[..., tuple[Tensor, ...]]
+    ours: Callable[..., tuple[Tensor, ...]]
+    traffic: Mapping[str, float]
+    flop: Mapping[str, float]
     constant: tuple[int, ...] = ()
+    module: Callable[[], nn.Module] | None = None
+    peers: Mapping[str, tuple[Callable, Callable[[], AbstractContextManager]] | str] = field(
+        default_factory=dict
+    )
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    group: str = "levels"
+    level: int | None = None
+    x: float | None = None
+    compiled: bool = True  # in the default set, whose time is limited, torch.compile is measured here
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{self.kernel} {self.size} {name} {self.layout}"
+
+    def marked(self, **marks) -> Case:
+        """The same case under another group, level or x."""
+        return replace(self, **marks)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measured line; times in milliseconds, ``ratio`` is the eager median over this one."""
+class Provider:
+    """Somebody who can compute a case; ``within`` is entered around a call, outside of what is timed."""
 
-    operator: str
-    size: str
+    name: str
+    call: Callable[..., tuple[Tensor, ...]]
+    within: Callable[[], AbstractContextManager] = nullcontext
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A case with its tensors: what every provider is called with, in one mode."""
+
+    case: Case
     mode: str
-    provider: str
-    p20: float
-    p50: float
-    p80: float
-    ratio: float
-    gigabytes_per_second: float
-    roofline: float
+    inputs: list[Tensor]
+    module: nn.Module | None
+    cotangents: list[Tensor]
+    truth: list[Tensor]  # results of the reference in float64
+
+    def arguments(self) -> list:
+        """The positional arguments of every provider."""
+        return [*([self.module] if self.module is not None else []), *self.inputs]
 
 
-@cache
-def ceilings(threads: int) -> tuple[float, float]:
-    """Copy bandwidth (bytes read plus written a second) and sgemm rate (flop a second) of this machine."""
-    source = torch.randn(32 * 2**20)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source))
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    return bandwidth, 2 * 1024**3 / _best(lambda: torch.mm(a, b))
+def bind(case: Case, mode: str, device: str = "cpu") -> Bound:
+    """Makes the tensors of a case, always the same ones, and its true results."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inputs = [_arranged(value, case).to(device) for value in case.inputs()]
+        module = None if case.module is None else case.module().to(device, case.dtype)
+        if module is not None:
+            module.train(mode != "forward")
+        exact = [value.double() for value in inputs]
+        wide = None if module is None else copy.deepcopy(module).double()
+        if mode == "forward":
+            with torch.no_grad():
+                return Bound(case, mode, inputs, module, [], list(_reference(case, wide, exact)))
+        _require(case, exact)
+        _require(case, inputs)
+        outputs = _reference(case, wide, exact)
+        # Reading the results in the dtype that the others return them in makes the cotangents exact for all.
+        with torch.no_grad():
+            dtypes = [value.dtype for value in _reference(case, copy.deepcopy(module), inputs)]
+        cotangents = [torch.randn_like(out).to(t) for out, t in zip(outputs, dtypes, strict=True)]
+    wanted = [value for value in exact if value.requires_grad]
+    wanted += [] if wide is None else list(wide.parameters())
+    grads = torch.autograd.grad(
+        outputs, wanted, [value.double() for value in cotangents], materialize_grads=True
+    )
+    return Bound(case, mode, inputs, module, cotangents, [out.detach() for out in outputs] + list(grads))
 
 
-def _best(function: Callable, repeats: int = 15) -> float:
-    function()
-    return min(_seconds(function) for _ in range(repeats))
-
-
-def _seconds(function: Callable) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def measure(benchmark: Benchmark, mode: str, budget: float = 2.0) -> list[Row]:
-    """Times every provider of ``benchmark`` in turns for about ``budget`` seconds a provider.
-
-    Raises AssertionError where a provider's result is not the eager reference's.
-    """
-    runs = {name: _runner(benchmark, call, mode) for name, call in benchmark.providers.items()}
-    results = {name: run() for name, run in runs.items()}
-    for name, result in results.items():
-        for got, expected in zip(result, results["eager"], strict=True):
-            torch.testing.assert_close(
-                got, expected, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{benchmark.operator}, {n}: {m}"
-            )
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    slowest = max(_seconds(run) for run in runs.values())
-    for _ in range(max(5, min(200, int(budget / max(slowest, 1e-6))))):
-        for name, run in runs.items():
-            samples[name].append(_seconds(run))
-    bandwidth, rate = ceilings(torch.get_num_threads())
-    floor = max(benchmark.traffic[mode] / bandwidth, benchmark.flop[mode] / rate)
-    eager = statistics.median(samples["eager"])
-    rows = []
-    for name, times in samples.items():
-        p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
-        rows.append(
-            Row(
-                benchmark.operator,
-                benchmark.size,
-                mode,
-                name,
-                *(1e3 * value for value in (p20, p50, p80)),
-                eager / p50,
-                benchmark.traffic[mode] / p50 / 1e9,
-                floor / p50,
-            )
-        )
-    return rows
-
-
-def _runner(benchmark: Benchmark, call: Callable, mode: str) -> Callable[[], list[Tensor]]:
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(0)
-    inputs = benchmark.inputs()
-    torch.set_rng_state(generator_state)
-    if mode == "forward":
+def runner(bound: Bound, provider: Provider) -> Callable[[], list[Tensor]]:
+    """Runs the provider once: the outputs, followed in mode "forward+backward" by the gradients."""
+    arguments = bound.arguments()
+    if bound.mode == "forward":
 
         def forward() -> list[Tensor]:
             with torch.no_grad():
-                return list(call(*inputs))
+                return list(provider.call(*arguments))
 
         return forward
-    inputs = [
-        value.requires_grad_(value.is_floating_point() and i not in benchmark.constant)
-        for i, value in enumerate(inputs)
-    ]
-    wanted = [value for value in inputs if value.requires_grad]
-    cotangents = [torch.randn_like(out) for out in call(*inputs)]
+    wanted = [value for value in bound.inputs if value.requires_grad]
+    wanted += [] if bound.module is None else list(bound.module.parameters())
+    module = bound.module is not None  # some of its parameters may have no part in the outputs
 
     def forward_backward() -> list[Tensor]:
-        outputs = call(*inputs)
-        grads = torch.autograd.grad(outputs, wanted, cotangents)
+        outputs = provider.call(*arguments)
+        grads = torch.autograd.grad(outputs, wanted, bound.cotangents, materialize_grads=module)
         return [*(out.detach() for out in outputs), *grads]
 
-    torch.manual_seed(1)
-    cotangents = [torch.randn_like(value) for value in cotangents]
-    torch.set_rng_state(generator_state)
     return forward_backward
 
 
-def geometric_mean(values: Iterable[float]) -> float:
+def check(bound: Bound, provider: Provider, got: list[Tensor], eager: list[Tensor]) -> None:
+    """WrongResult where the error against float64 exceeds four times eager's and the dtype's floor."""
+    floor = FLOORS[bound.case.dtype]
+    outputs = len(bound.truth) if bound.mode == "forward" else len(bound.cotangents)
+    parts = slice(0, outputs), slice(outputs, len(bound.truth))
+    for kind, part in zip(("output", "gradient"), parts, strict=True):
+        peak = max((float(value.abs().max()) for value in bound.truth[part]), default=0.0)
+        for i, (value, own, true) in enumerate(zip(got[part], eager[part], bound.truth[part], strict=True)):
+            allowed = max(4 * _error(own, true, peak), floor)
+            found = _error(value, true, peak)
+            if not found <= allowed:  # NaN is wrong too
+                raise WrongResult(
+                    f"{bound.case}, {bound.mode}: {kind} {i} of {provider.name} is off by {found:.1e} of its "
+                    f"largest value, allowed {allowed:.1e}"
+                )
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within: fresh memory is NaN, so that an output left unwritten shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Within: the modules of bti_fast.nn compute in plain PyTorch, differentiated by autograd."""
+    plain = {
+        "entropy_uncertainty": reference.entropy_uncertainty,
+        "gated_fusion": lambda *args, tau: ops.GatedFusion(*reference.gated_fusion(*args, tau)),
+        "task_interaction": lambda x, y, weights, *, tau, training: ops.TaskInteraction(
+            *reference.task_interaction(x, y, list(weights), tau, training)[:4]
+        ),
+        "cross_attention": lambda *tokens, q_mask=None, k_mask=None: ops.CrossAttention(
+            *reference.cross_attention(*tokens, q_mask, k_mask, tokens[0].shape[-1] ** -0.5)[:2]
+        ),
+    }
+    kept = {name: getattr(ops, name) for name in plain}
+    for name, function in plain.items():
+        setattr(ops, name, function)
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(ops, name, function)
+
+
+def _error(value: Tensor, truth: Tensor, peak: float) -> float:
+    if truth.numel() == 0:
+        return 0.0
+    return float((value.double() - truth).abs().max() / max(float(truth.abs().max()), 0.01 * peak, 1e-12))
+
+
+def _require(case: Case, inputs: list[Tensor]) -> None:
+    for i, value in enumerate(inputs):
+        value.requires_grad_(i not in case.constant)
+
+
+def _reference(case: Case, module: nn.Module | None, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    return case.reference(*([] if module is None else [module]), *inputs)
+
+
+def _arranged(value: Tensor, case: Case) -> Tensor:
+    value = value.to(case.dtype)
+    if case.layout == "channels_last" and value.ndim in (4, 5):
+        return value.contiguous(memory_format=(torch.channels_last, torch.channels_last_3d)[value.ndim - 4])
+    if case.layout == "channel-major":  # (B, h, N, d) whose tokens lie side by side, as a map's do
+        return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return value
+
+
+def geometric_mean(values) -> float:
     """Geometric mean of positive numbers."""
-    return statistics.geometric_mean(list(values))
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))

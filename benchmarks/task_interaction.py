@@ -1,43 +1,46 @@
-"""task_interaction at the paper's four levels."""
+"""task_interaction: the paper's message passing and its three-signal gates."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from bti_fast import ops, reference
 
-from .harness import PAPER_LEVELS, Benchmark
+from .harness import Case
 
 TAU = 0.7
 FEATURES = 256
 
 
-def benchmarks(batch: int = 8) -> list[Benchmark]:
-    """One benchmark a level: (batch, channels, side, side) float32 features, 256 classification features."""
-    return [_benchmark(batch, channels, side) for channels, side in PAPER_LEVELS]
-
-
-def _benchmark(batch: int, channels: int, side: int) -> Benchmark:
-    eager = lambda x, y, *weights: reference.task_interaction(x, y, list(weights), TAU, False)[:4]  # noqa: E731
-    features = 4.0 * batch * channels * side * side
-    product = batch * channels * channels * side * side  # 2 flop for each of C * C/2 * P
+def case(
+    batch: int,
+    channels: int,
+    spatial: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+) -> Case:
+    """Features (batch, channels, *spatial) and (batch, 256), in evaluation."""
+    shape = (batch, channels, *spatial)
+    features = math.prod(shape) * dtype.itemsize
+    product = float(math.prod(shape) * channels)  # 2 flop for each of C * C/2 * P
     bn_mean = 2 + ops.TaskInteractionWeights._fields.index("bn_mean")
 
-    def fast(x, y, *weights):
+    def ours(x, y, *weights):
         return tuple(ops.task_interaction(x, y, ops.TaskInteractionWeights(*weights), tau=TAU))
 
-    return Benchmark(
-        operator="task_interaction",
-        size=f"{batch}x{channels}x{side}x{side}",
-        inputs=lambda: [
-            torch.randn(batch, channels, side, side),
-            torch.randn(batch, FEATURES),
-            *_weights(channels, FEATURES),
-        ],
-        providers={"eager": eager, "compile": torch.compile(eager), "bti_fast": fast},
+    return Case(
+        kernel="task_interaction",
+        size="x".join(map(str, shape)),
+        inputs=lambda: [torch.randn(shape), torch.randn(batch, FEATURES), *_weights(channels, FEATURES)],
+        reference=lambda x, y, *weights: reference.task_interaction(x, y, list(weights), TAU, False)[:4],
+        ours=ours,
         traffic={"forward": 3 * features, "forward+backward": 8 * features},
         flop={"forward": product, "forward+backward": 4 * product},
         constant=(bn_mean, bn_mean + 1),
+        dtype=dtype,
+        layout=layout,
     )
 
 

@@ -1,0 +1,208 @@
+"""Measuring a case: correctness once, then interleaved repeats against ceilings measured beside them."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+from torch import Tensor
+
+import bti_fast
+
+from .ceilings import Ceilings, calls_per_sample, measure_ceilings, sampler
+from .harness import Bound, Case, Provider, bind, check, poisoned_memory, runner
+from .memory import peak_memory
+from .peers import EAGER, Choice, isa_in_use, providers
+from .rows import EXTRA, MACHINE, PEAK, SKIPPED, TIME, Row
+
+ROUNDS = 5, 200  # fewest and most timed repeats
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run measures: device "cpu" or "cuda", threads, and about so many seconds for each provider."""
+
+    device: str = "cpu"
+    threads: int = 2
+    seconds: float = 0.4
+    choice: Choice = Choice()
+    memory: bool = True
+
+
+def blank(settings: Settings) -> Row:
+    """A row with nothing measured yet: the machine, the versions and the moment."""
+    now = datetime.now(timezone.utc)
+    return Row(
+        *[""] * 5,
+        device=device_name(settings.device),
+        threads=settings.threads if settings.device == "cpu" else 0,
+        bti_fast=bti_fast.__version__,
+        torch=torch.__version__,
+        commit=commit(),
+        date=now.isoformat(timespec="seconds"),
+        run=f"{now:%Y%m%dT%H%M%S}-{time.monotonic_ns() % 10**6:06d}",
+    )
+
+
+def device_name(device: str) -> str:
+    """What the numbers belong to: the GPU, or the processor with its cores and instruction set."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [
+            line.split(":")[1].strip()
+            for line in information.read_text().splitlines()
+            if "model name" in line
+        ]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads, {isa_in_use()}"
+
+
+def commit() -> str:
+    """The commit of this checkout, with a plus where the code has changed since; empty outside of one."""
+    root = Path(__file__).resolve().parents[1]
+    ask = lambda *what: subprocess.run(["git", *what], cwd=root, capture_output=True, text=True)  # noqa: E731
+    try:
+        head = ask("rev-parse", "--short=10", "HEAD")
+        changed = ask("status", "--porcelain", "--untracked-files=no", "--", "bti_fast", "csrc", "kernels")
+    except OSError:
+        return ""
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else ""
+
+
+def machine_rows(when: str, settings: Settings, row: Row) -> list[Row]:
+    """The ceilings of the machine now: ``when`` is "before" or "after" the cases."""
+    rows = []
+    for nbytes in (4 * MIB, 256 * MIB):
+        ceilings = measure_ceilings(nbytes, settings.device)
+        speed = ceilings.copy / 1e9
+        size = f"copy of {nbytes // 2 // MIB} MiB"
+        made = replace(
+            row, kernel=MACHINE, provider="copy", mode=when, metric="GB/s", size=size, group=MACHINE
+        )
+        rows.append(replace(made, p20=speed, p50=speed, p80=speed))
+    speed = ceilings.matrix / 1e9
+    made = replace(made, provider="matrix product", metric="GFLOP/s", size="float32")
+    return [*rows, replace(made, p20=speed, p50=speed, p80=speed)]
+
+
+def measure(case: Case, mode: str, settings: Settings, row: Row) -> list[Row]:
+    """Times everybody who can compute ``case`` in turns, and their memory; ``row`` is blank.
+
+    Raises WrongResult where eager PyTorch or this package gives wrong numbers; a peer that fails or is wrong
+    becomes a row that says so.
+    """
+    torch._dynamo.reset()  # else code for several sizes gathers behind one function, up to a limit
+    row = replace(
+        row,
+        kernel=case.kernel,
+        mode=mode,
+        size=case.size,
+        dtype=str(case.dtype).removeprefix("torch."),
+        layout=case.layout,
+        group=case.group,
+        level=case.level,
+        x=case.x,
+    )
+    chosen, absent = providers(case, settings.choice)
+    runs, reasons = prepare(bind(case, mode, settings.device), chosen)
+    skipped = [
+        replace(row, provider=name, metric=SKIPPED, note=reason)
+        for name, reason in (absent | reasons).items()
+    ]
+    samples = interleaved(runs, settings)
+    ceilings = measure_ceilings(case.traffic[mode], settings.device, case.dtype)
+    found = [_timed(row, case, name, times, ceilings) for name, times in samples.items()]
+    if settings.memory:
+        for name, (provider, run) in runs.items():
+            with provider.within():
+                peak, extra = peak_memory(run, settings.device)
+            for metric, value in ((PEAK, peak), (EXTRA, max(extra, 0))):
+                mb = value / 1e6
+                found.append(replace(row, provider=name, metric=metric, p20=mb, p50=mb, p80=mb))
+    gc.collect()
+    return found + skipped
+
+
+def prepare(
+    bound: Bound, chosen: list[Provider]
+) -> tuple[dict[str, tuple[Provider, Callable]], dict[str, str]]:
+    """Runs everybody once and checks the numbers: {name: (provider, run)} and {name: why it takes no part}.
+
+    Raises WrongResult where eager PyTorch or this package gives wrong numbers.
+    """
+    runs, reasons, eager = {}, {}, []
+    for provider in chosen:
+        run = runner(bound, provider)
+        essential = provider.ours or provider.name == EAGER
+        try:
+            with (
+                warnings.catch_warnings(),
+                provider.within(),
+                poisoned_memory() if provider.ours else nullcontext(),
+            ):
+                warnings.simplefilter("ignore")
+                got = run()
+            eager = eager or got
+            check(bound, provider, got, eager)
+        except Exception as cause:  # a peer may fail in any way, and is then listed
+            if essential:
+                raise
+            reasons[provider.name] = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+        else:
+            runs[provider.name] = provider, run
+    return runs, reasons
+
+
+def interleaved(runs: dict[str, tuple[Provider, Callable[[], list[Tensor]]]], settings: Settings) -> dict:
+    """Seconds a call of everybody, taken in turns, so that a slow moment of the machine meets all alike."""
+    sample = sampler(settings.device)
+    inner, slowest = {}, 0.0
+    for name, (provider, run) in runs.items():
+        with provider.within():
+            run()
+            seconds = min(sample(run, 1) for _ in range(2))
+        inner[name] = calls_per_sample(seconds)
+        slowest = max(slowest, seconds * inner[name])
+    fewest, most = ROUNDS
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    gc.disable()
+    try:
+        for _ in range(max(fewest, min(most, int(settings.seconds / max(slowest, 1e-6))))):
+            for name, (provider, run) in runs.items():
+                with provider.within():
+                    samples[name].append(sample(run, inner[name]))
+    finally:
+        gc.enable()
+    return samples
+
+
+def _timed(row: Row, case: Case, name: str, times: list[float], ceilings: Ceilings) -> Row:
+    tenths = quantiles(times, n=10, method="inclusive")
+    p20, p50, p80 = tenths[1], tenths[4], tenths[7]
+    traffic = case.traffic[row.mode]
+    return replace(
+        row,
+        provider=name,
+        metric=TIME,
+        p20=1e3 * p20,
+        p50=1e3 * p50,
+        p80=1e3 * p80,
+        gb_per_s=traffic / p50 / 1e9,
+        roofline=ceilings.floor(traffic, case.flop[row.mode]) / p50,
+        flop_per_byte=case.flop[row.mode] / traffic,
+        samples=len(times),
+    )

@@ -1,0 +1,187 @@
+"""The report page of a benchmark: one self-contained HTML file, losses shown as plainly as gains."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bti_fast.engine import report
+from bti_fast.engine.figures import svg
+from bti_fast.errors import UserError
+
+from . import plots, table
+from .rows import EXTRA, MACHINE, PEAK, SKIPPED, TIME, Row, gains, losses, together
+from .scaling import fits
+from .whole_network import shares
+
+METHOD = (
+    "Every provider of a case is run once and checked against the reference in float64 (ours in memory full "
+    "of NaN), then all are timed in turns; the figures are medians with the 20th and 80th percentile. "
+    "The least traffic counts every tensor that has to be read or written once. The roofline is the larger "
+    "of traffic over the bandwidth of a copy of the same size and work over the rate of a matrix product, "
+    "both measured beside the case. Peak memory is what a call allocates through torch above its inputs; "
+    "of BTINet, the resident memory of a fresh process."
+)
+
+
+def write_report(path: Path, rows: Iterable[Row]) -> None:
+    """Writes the page. UserError where there is nothing to show or the page cannot be written."""
+    rows = list(rows)
+    measured = [row for row in rows if row.kernel != MACHINE and row.metric != SKIPPED]
+    if not measured:
+        raise UserError("--report: nothing was measured")
+    devices = ", ".join(dict.fromkeys(row.device for row in measured))
+    versions = ", ".join(
+        dict.fromkeys(f"bti_fast {r.bti_fast} ({r.commit}), torch {r.torch}" for r in measured)
+    )
+    dates = sorted(row.date for row in measured)
+    sections = {
+        "Summary": _summary(rows),
+        "Where a peer is faster": _losses(rows),
+        "Times": report.figures(_bars(measured, TIME)),
+        "Roofline": _rooflines(rows),
+        "Peak memory": report.figures(_bars(measured, PEAK)) + _extra(rows),
+        "Cost as the work grows": _scaling(rows),
+        "Share of the interaction in BTINet": _shares(rows),
+        "Not measured": _skipped(rows),
+        "The machine": _machine(rows),
+        "Method": report.note(METHOD),
+        "All rows": _all(measured),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.write_page(path, "Benchmarks", f"{devices}; {versions}; {dates[0]} to {dates[-1]}", sections)
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    found = [gain for gain in gains(rows) if gain.provider == "bti_fast"]
+    cells = [
+        (g.kernel, g.group, g.mode, g.peer, f"{g.mean:.2f}x", f"{g.worst:.2f}x at {g.worst_size}", g.cases)
+        for g in found
+    ]
+    means = defaultdict(dict)
+    for gain in found:
+        if gain.peer != "compile max-autotune":
+            group = "" if gain.group in ("levels", "module", "network") else f" {gain.group}"
+            means[f"{gain.kernel}{group}, {gain.mode}"][gain.peer] = gain.mean
+    drawing = [svg(plots.gain_bars(means, "Geometric means over all cases"))] if means else []
+    columns = ("kernel", "group", "mode", "peer", "times faster, geometric mean", "worst case", "cases")
+    return report.figures(drawing) + report.table(columns, cells)
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    cells = [
+        (
+            loss.row.kernel,
+            f"{loss.row.size} {loss.row.dtype} {loss.row.layout}",
+            loss.row.mode,
+            loss.row.provider,
+            f"{loss.row.p50:.3f}",
+            loss.peer.provider,
+            f"{loss.peer.p50:.3f}",
+            f"{loss.ratio:.2f}x",
+            "yes" if loss.within_spread else "",
+        )
+        for loss in losses(rows)
+    ]
+    if not cells:
+        return report.note("Nowhere in these rows.")
+    columns = ("kernel", "size", "mode", "ours", "ms", "peer", "ms", "peer / ours", "spreads overlap")
+    return report.table(columns, cells)
+
+
+def _bars(rows: Sequence[Row], metric: str) -> list[str]:
+    groups = plots.by_kernel_and_mode(
+        row
+        for row in rows
+        if row.metric == metric and not row.group.startswith("sweep") and row.group != "dtype"
+    )
+    drawings = []
+    for (kernel, mode, group), found in groups.items():
+        if metric == PEAK and mode == "forward":
+            continue  # the larger one is what decides whether something fits
+        drawings.append(
+            svg(plots.bars(found, f"{kernel}, {mode}" + ("" if group == "levels" else f", {group}")))
+        )
+    return drawings
+
+
+def _rooflines(rows: Sequence[Row]) -> str:
+    machine = [row for row in rows if row.kernel == MACHINE]
+    drawings = []
+    for mode in ("forward", "forward+backward"):
+        found = [row for row in rows if row.mode == mode and row.group == "levels" and row.flop_per_byte]
+        if found and machine:
+            drawings.append(svg(plots.roofline(found, machine, mode)))
+    note = report.note(
+        "Filled: bti_fast; hollow grey: eager; hollow orange: torch.compile. Solid line: copying beyond the "
+        "caches; dotted: copying 2 MiB, which the caches hold."
+    )
+    return report.figures(drawings) + note if drawings else ""
+
+
+def _scaling(rows: Sequence[Row]) -> str:
+    groups = defaultdict(list)
+    for fit in fits(rows):
+        groups[fit.group, fit.mode, fit.metric].append(fit)
+    drawings = [
+        svg(plots.scaling(found, f"{group.removeprefix('sweep ').capitalize()}, {mode}", metric))
+        for (group, mode, metric), found in groups.items()
+    ]
+    if not drawings:
+        return ""
+    return report.figures(drawings) + report.note(
+        "Behind the names: the fitted exponent; 1 is linear growth."
+    )
+
+
+def _extra(rows: Sequence[Row]) -> str:
+    """Scratch memory of ours and of the peers: what is above inputs and results."""
+    cells = []
+    for row, peers in together(rows, EXTRA):
+        if row.mode != "forward" and row.group == "levels":
+            rest = (peers.get(name) for name in ("eager", "compile"))
+            cells.append(
+                (row.kernel, row.size, row.provider, *(f"{r.p50:.2f}" if r else "" for r in (row, *rest)))
+            )
+    columns = ("kernel", "size", "ours", "MB above inputs and results", "eager", "torch.compile")
+    return report.table(columns, cells) if cells else ""
+
+
+def _shares(rows: Sequence[Row]) -> str:
+    cells = [(row.size, row.mode, f"{row.p50 / 1e3:.2f} s", f"{share:.1%}") for row, share in shares(rows)]
+    return report.table(("network", "mode", "median", "share"), cells) if cells else ""
+
+
+def _skipped(rows: Sequence[Row]) -> str:
+    lines = [line.split(": ", 1) for line in table.skipped(rows)]
+    return report.table(("provider", "reason"), lines) if lines else ""
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    cells = [
+        (row.provider, row.size, row.mode, f"{row.p50:.1f} {row.metric}", row.date)
+        for row in rows
+        if row.kernel == MACHINE
+    ]
+    return report.table(("ceiling", "size", "cases", "found", "run of"), cells) if cells else ""
+
+
+def _all(rows: Sequence[Row]) -> str:
+    cells = [
+        (
+            row.kernel,
+            f"{row.size} {row.dtype} {row.layout}",
+            row.group,
+            row.mode,
+            row.provider,
+            *(f"{value:.3f}" for value in (row.p20, row.p50, row.p80)),
+            row.metric,
+            "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}",
+            "" if row.roofline is None else f"{row.roofline:.0%}",
+        )
+        for row in rows
+        if row.metric in (TIME, PEAK)
+    ]
+    columns = ("kernel", "case", "group", "mode", "provider", "p20", "p50", "p80", "unit", "GB/s", "roofline")
+    return report.table(columns, cells)
