@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-LARGE = 128 * 2**20  # bytes read by the copy that stands for memory beyond the caches
-
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -24,20 +22,27 @@ class Ceilings:
         return max(traffic / self.copy, flop / self.matrix)
 
 
-def measure_ceilings(nbytes: float = 2 * LARGE, device: str = "cpu", dtype=torch.float32) -> Ceilings:
-    """The ceilings for a case that moves ``nbytes``: a copy that reads half of them and writes the other.
-
-    Best of a few. A CPU's matrix product is measured in float32, which is what the operators accumulate in.
-    """
-    half = max(int(nbytes / 2), 2**12)
-    source = torch.ones(half // 4, device=device)
+def copier(nbytes: int, device: str = "cpu") -> Callable[[], object]:
+    """Copies that many bytes; read plus written, twice as many."""
+    source = torch.ones(max(nbytes // 4, 1), device=device)
     target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def copy_rate(nbytes: int, device: str = "cpu") -> float:
+    """Bytes a second (read plus written) of a copy of ``nbytes``, best of a few."""
+    return 2 * nbytes / _best(copier(nbytes, device), device, 9)
+
+
+def matrix_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Flop a second of a matrix product, best of a few.
+
+    On a CPU in float32 whatever the dtype: it is what the operators accumulate in.
+    """
     side, kind = (1024, torch.float32) if device == "cpu" else (8192, dtype)
     a = torch.ones(side, side, device=device, dtype=kind)
     out = torch.empty_like(a)
-    copy = _best(lambda: target.copy_(source), device, 9)
-    product = _best(lambda: torch.mm(a, a, out=out), device, 5)
-    return Ceilings(2 * source.nbytes / copy, 2 * side**3 / product)
+    return 2 * side**3 / _best(lambda: torch.mm(a, a, out=out), device, 5)
 
 
 def _best(function: Callable, device: str, repeats: int) -> float:

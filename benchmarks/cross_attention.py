@@ -52,7 +52,11 @@ def case(
 
 
 def _two_calls(q, k, v_q, v_k):
-    """What people use: one attention call for each direction, with the roles swapped."""
+    """What people use: one attention call for each direction, with the roles swapped.
+
+    The fused ones want token-major tensors; a channel-major map is copied for them.
+    """
+    q, k, v_q, v_k = (value.contiguous() for value in (q, k, v_q, v_k))
     return scaled_dot_product_attention(q, k, v_k), scaled_dot_product_attention(k, q, v_q)
 
 

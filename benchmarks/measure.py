@@ -12,14 +12,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 
 import torch
 from torch import Tensor
 
 import bti_fast
 
-from .ceilings import Ceilings, calls_per_sample, measure_ceilings, sampler
+from .ceilings import Ceilings, calls_per_sample, copier, copy_rate, matrix_rate, sampler
 from .harness import Bound, Case, Provider, bind, check, poisoned_memory, runner
 from .memory import peak_memory
 from .peers import EAGER, Choice, isa_in_use, providers
@@ -27,6 +27,7 @@ from .rows import EXTRA, MACHINE, PEAK, SKIPPED, TIME, Row
 
 ROUNDS = 5, 200  # fewest and most timed repeats
 MIB = 2**20
+COPY = "copy"
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,14 @@ def commit() -> str:
 def machine_rows(when: str, settings: Settings, row: Row) -> list[Row]:
     """The ceilings of the machine now: ``when`` is "before" or "after" the cases."""
     rows = []
-    for nbytes in (4 * MIB, 256 * MIB):
-        ceilings = measure_ceilings(nbytes, settings.device)
-        speed = ceilings.copy / 1e9
-        size = f"copy of {nbytes // 2 // MIB} MiB"
+    for nbytes in (2 * MIB, 128 * MIB):
+        speed = copy_rate(nbytes, settings.device) / 1e9
+        size = f"{nbytes // MIB} MiB"
         made = replace(
             row, kernel=MACHINE, provider="copy", mode=when, metric="GB/s", size=size, group=MACHINE
         )
         rows.append(replace(made, p20=speed, p50=speed, p80=speed))
-    speed = ceilings.matrix / 1e9
+    speed = matrix_rate(settings.device) / 1e9
     made = replace(made, provider="matrix product", metric="GFLOP/s", size="float32")
     return [*rows, replace(made, p20=speed, p50=speed, p80=speed)]
 
@@ -118,14 +118,21 @@ def measure(case: Case, mode: str, settings: Settings, row: Row) -> list[Row]:
         x=case.x,
     )
     chosen, absent = providers(case, settings.choice)
-    runs, reasons = prepare(bind(case, mode, settings.device), chosen)
+    bound = bind(case, mode, settings.device)
+    runs, reasons = prepare(bound, chosen)
     skipped = [
         replace(row, provider=name, metric=SKIPPED, note=reason)
         for name, reason in (absent | reasons).items()
     ]
-    samples = interleaved(runs, settings)
-    ceilings = measure_ceilings(case.traffic[mode], settings.device, case.dtype)
-    found = [_timed(row, case, name, times, ceilings) for name, times in samples.items()]
+    # The ceiling is a copy of the largest input in turns with the others, through caches in the same state.
+    nbytes = max(value.nbytes for value in bound.inputs)
+    copy = Provider(COPY, copier(nbytes, settings.device))
+    samples = interleaved({**runs, COPY: (copy, copy.call)}, settings)
+    rates = [2 * nbytes / seconds for seconds in samples.pop(COPY)]
+    ceilings = Ceilings(median(rates), matrix_rate(settings.device, case.dtype))
+    p20, p50, p80 = (rate / 1e9 for rate in _quantiles(rates))
+    found = [replace(row, provider=COPY, metric="GB/s", p20=p20, p50=p50, p80=p80, samples=len(rates))]
+    found += [_timed(row, case, name, times, ceilings) for name, times in samples.items()]
     if settings.memory:
         for name, (provider, run) in runs.items():
             with provider.within():
@@ -191,8 +198,7 @@ def interleaved(runs: dict[str, tuple[Provider, Callable[[], list[Tensor]]]], se
 
 
 def _timed(row: Row, case: Case, name: str, times: list[float], ceilings: Ceilings) -> Row:
-    tenths = quantiles(times, n=10, method="inclusive")
-    p20, p50, p80 = tenths[1], tenths[4], tenths[7]
+    p20, p50, p80 = _quantiles(times)
     traffic = case.traffic[row.mode]
     return replace(
         row,
@@ -206,3 +212,8 @@ def _timed(row: Row, case: Case, name: str, times: list[float], ceilings: Ceilin
         flop_per_byte=case.flop[row.mode] / traffic,
         samples=len(times),
     )
+
+
+def _quantiles(values: list[float]) -> tuple[float, float, float]:
+    tenths = quantiles(values, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]

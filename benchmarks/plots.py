@@ -22,7 +22,7 @@ PEERS = {
     "sdpa flash": COLOURS[6],
     "sdpa efficient": COLOURS[4],
     "sdpa cudnn": "#a6761d",
-    "sdpa math": COLOURS[7],
+    "sdpa math": "#5c4a3d",
     "bti_fast": OURS,
     "bti_fast:avx2": COLOURS[2],
     "bti_fast:portable": COLOURS[5],
@@ -143,7 +143,8 @@ def gain_bars(means: dict[str, dict[str, float]], title: str) -> Figure:
             )
     axes.axvline(1, color=INK, linewidth=0.9)
     axes.set_xscale("log")
-    axes.margins(x=0.12)
+    values = [value for by_peer in means.values() for value in by_peer.values()]
+    axes.set_xlim(0.6 * min(1, *values), 1.8 * max(1, *values))
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.invert_yaxis()
     axes.set(title=title, xlabel="times faster than the peer (below 1: slower)")

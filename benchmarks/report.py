@@ -19,9 +19,9 @@ METHOD = (
     "Every provider of a case is run once and checked against the reference in float64 (ours in memory full "
     "of NaN), then all are timed in turns; the figures are medians with the 20th and 80th percentile. "
     "The least traffic counts every tensor that has to be read or written once. The roofline is the larger "
-    "of traffic over the bandwidth of a copy of the same size and work over the rate of a matrix product, "
-    "both measured beside the case. Peak memory is what a call allocates through torch above its inputs; "
-    "of BTINet, the resident memory of a fresh process."
+    "of traffic over the bandwidth of a copy of the largest input, taken in the same turns, and work over "
+    "the rate of a float32 matrix product, measured beside the case. Peak memory is what a call allocates "
+    "through torch above its inputs; of BTINet, the resident memory of a fresh process."
 )
 
 

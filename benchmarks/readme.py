@@ -1,0 +1,174 @@
+"""The README's figures, written between its markers from the committed tables in benchmarks/results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bti_fast.errors import UserError
+
+from .rows import MACHINE, TIME, Row, gains, losses, read, together, with_best_sdpa
+from .whole_network import shares
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN, END = "<!-- figures: begin (bti-fast benchmark --readme) -->", "<!-- figures: end -->"
+PEERS = {"compile": "torch.compile", "eager": "eager", "best sdpa": "two SDPA calls"}
+MODES = {"forward": "forward", "forward+backward": "with backward"}
+
+
+def update(readme: Path = README, results: Path = RESULTS) -> str:
+    """Rewrites the section; one line that says what was done.
+
+    UserError where the README has no markers or there is no table.
+    """
+    text = readme.read_text(encoding="utf-8")
+    new = with_section(text, section(results))
+    if new == text:
+        return f"{readme.name}: its figures are those of the tables already"
+    readme.write_text(new, encoding="utf-8")
+    return f"{readme.name}: figures written from {results.name}"
+
+
+def with_section(text: str, made: str) -> str:
+    """The README's text with the section between the markers."""
+    if BEGIN not in text or END not in text:
+        raise UserError(f"README: the markers {BEGIN!r} and {END!r} are not there")
+    head, rest = text.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n{made}\n{END}{rest.split(END, 1)[1]}"
+
+
+def section(results: Path = RESULTS) -> str:
+    """Markdown: for each device with a table, what was measured on it."""
+    tables = sorted(results.glob("*.csv"))
+    if not tables:
+        raise UserError(f"{results}: no table (*.csv) to take figures from")
+    return "\n\n".join(_device(path.stem, read(path)) for path in tables)
+
+
+def _device(name: str, rows: Sequence[Row]) -> str:
+    times = [row for row in rows if row.metric == TIME]
+    dates = sorted(row.date[:10] for row in times)
+    first = times[0]
+    span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    parts = [
+        f"{first.device}; torch {first.torch}; {span}; float32; "
+        f"[every row](benchmarks/results/{name}.csv). Times faster than the peer in the same run, medians:",
+        _levels(rows),
+        _other_groups(rows),
+        _attention(rows),
+        _network(rows),
+        _losses(rows),
+        _machine(rows),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _levels(rows: Sequence[Row]) -> str:
+    """The operators at the paper's levels beside torch.compile and eager PyTorch."""
+    found = {}
+    for row, peers in together(rows):
+        if row.provider == "bti_fast" and row.level and row.kernel != "cross_attention":
+            label = f"`{row.kernel}`" + (" K=4" if row.group == "K=4" else "")
+            if row.group in ("levels", "K=4"):
+                for peer in ("compile", "eager"):
+                    ratio = peers[peer].p50 / row.p50 if peer in peers else None
+                    found.setdefault((label, row.mode, peer), {})[row.level] = ratio
+    if not found:
+        return ""
+    lines = [
+        "| batch 8 | against | 384x14² | 192x28² | 96x56² | 48x112² |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (label, mode, peer), by_level in found.items():
+        if any(by_level.values()):
+            cells = (f"{by_level[n]:.1f}" if by_level.get(n) else "" for n in (1, 2, 3, 4))
+            lines.append(f"| {label}, {MODES[mode]} | {PEERS[peer]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _attention(rows: Sequence[Row]) -> str:
+    lines = [
+        "| `cross_attention`, batch 2, 4 heads of 32 | forward, ms | SDPA twice | faster | with backward, ms "
+        "| SDPA twice | faster |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    sizes = {}
+    for row, peers in together(rows):
+        if row.kernel == "cross_attention" and row.group == "levels" and row.provider == "bti_fast":
+            best = with_best_sdpa(peers).get("best sdpa")
+            if best:
+                sizes.setdefault(row.size, {})[row.mode] = row.p50, best.p50
+    for size, by_mode in sizes.items():
+        tokens, m = size.split(" M=")
+        cells = [
+            cell
+            for mode in MODES
+            if mode in by_mode
+            for ours, best in [by_mode[mode]]
+            for cell in (f"{ours:.2f}", f"{best:.2f}", f"{best / ours:.1f}")
+        ]
+        lines.append(f"| N = {tokens.split('x')[2]}, M = {m} | {' | '.join(cells)} |")
+    return "\n".join(lines) if sizes else ""
+
+
+def _other_groups(rows: Sequence[Row]) -> str:
+    found = [
+        g
+        for g in gains(rows, ("compile", "eager"))
+        if g.group in ("batch 1", "3D", "layout", "dtype") and g.provider == "bti_fast"
+    ]
+    if not found:
+        return ""
+    lines = ["| geometric means | against | forward | with backward |", "|---|---|---|---|"]
+    cells = {}
+    for g in found:
+        cells.setdefault((g.group, g.kernel, g.peer), {})[g.mode] = g.mean
+    for (group, kernel, peer), by_mode in cells.items():
+        numbers = (f"{by_mode[mode]:.1f}" if mode in by_mode else "" for mode in MODES)
+        lines.append(f"| `{kernel}`, {group} | {PEERS[peer]} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def _network(rows: Sequence[Row]) -> str:
+    lines = ["| BTINet | mode | seconds | on the reference backend | faster |", "|---|---|---|---|---|"]
+    for row, peers in together(rows):
+        if row.kernel == "BTINet" and "reference" in peers:
+            base = peers["reference"]
+            lines.append(
+                f"| {row.size} | {row.mode} | {row.p50 / 1e3:.2f} | {base.p50 / 1e3:.2f} "
+                f"| {base.p50 / row.p50:.2f} |"
+            )
+    if len(lines) == 2:
+        return ""
+    parts = [f"{row.size.split()[-1]} {share:.1%} ({row.mode})" for row, share in shares(rows)]
+    return "\n".join(lines) + (f"\n\nShare of the interaction: {', '.join(parts)}." if parts else "")
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    found = [loss for loss in losses(rows) if loss.row.provider == "bti_fast"]
+    if not found:
+        return "No peer is faster in any row."
+    named = {}
+    for loss in found:
+        named.setdefault((loss.row.kernel, loss.peer.provider), []).append(loss)
+    parts = [
+        f"`{kernel}` against {peer} in {len(them)} ({min(loss.ratio for loss in them):.2f} at "
+        f"{min(them, key=lambda loss: loss.ratio).row.size}, "
+        f"{min(them, key=lambda loss: loss.ratio).row.mode})"
+        for (kernel, peer), them in named.items()
+    ]
+    return f"Where a peer is faster, with the worst case: {'; '.join(parts)}."
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    found = {}
+    for row in rows:
+        if row.kernel == MACHINE:
+            found.setdefault((row.provider, row.size, row.metric), []).append(row.p50)
+    parts = [
+        f"{provider} ({size}) {min(values):.0f} to {max(values):.0f} {unit}"
+        for (provider, size, unit), values in found.items()
+    ]
+    return f"The machine's own ceilings during these runs: {', '.join(parts)}." if parts else ""
