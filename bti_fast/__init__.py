@@ -13,6 +13,7 @@ _SUBMODULES = (
     "errors",
     "kernels",
     "losses",
+    "memory",
     "metrics",
     "models",
     "nn",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bti_fast.errors import UserError
+from bti_fast.memory import keep_freed_memory
 
 
 def choose_device(name: str) -> torch.device:
@@ -18,6 +19,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_threads(count: int) -> None:
-    """Sets torch's CPU threads; 0 leaves them as they are."""
+    """Sets torch's CPU threads, 0 leaves them as they are; freed memory is kept for reuse from here on."""
+    keep_freed_memory()
     if count:
         torch.set_num_threads(count)

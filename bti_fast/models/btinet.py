@@ -14,6 +14,7 @@ from bti_fast.errors import UserError
 from bti_fast.models import checkpoint
 from bti_fast.models.encoders import EfficientNetEncoder, check_maps, feature_channels, load_encoder_weights
 from bti_fast.nn.blocks import BN_EPS, BN_MOMENTUM, AttentionGate, ResidualBlock
+from bti_fast.nn.folding import fold
 from bti_fast.nn.interaction import FixedInteraction, GatedInteraction
 
 INTERACTIONS = ("none", "fixed", "proxy", "entropy", "attention")
@@ -140,6 +141,7 @@ class BTINet(nn.Module):
             "dropout": dropout,
         }
         self.interaction = interaction
+        self.folded = False
         self.in_channels = in_channels
         self.classes: tuple[str, ...] | None = None if classes is None else tuple(classes)
         self.metadata: dict[str, Any] = {}
@@ -172,11 +174,13 @@ class BTINet(nn.Module):
         for name, child in self.named_children():
             if name not in ("encoder", "interactions"):
                 child.apply(_initialise)
-        self.to(memory_format=torch.channels_last)  # a fifth faster on CPUs; forward brings the image to it
+        # A fifth faster on CPUs; forward brings the image to the layout that the weights have.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, image: Tensor) -> BTINetOutput:
         self._check(image)
-        image = image.contiguous(memory_format=torch.channels_last)
+        if self.seg_conv.weight.is_contiguous(memory_format=torch.channels_last):
+            image = image.contiguous(memory_format=torch.channels_last)
         shape = (1, -1, 1, 1)
         maps = self.encoder((image - self.image_mean.reshape(shape)) / self.image_std.reshape(shape))
         check_maps(maps, self.encoder_channels)
@@ -192,7 +196,7 @@ class BTINet(nn.Module):
                 seg, cls = out.seg, out.cls
                 interactions.append(out)
             tokens.append(cls)
-        seg = F.relu(self.seg_conv(self.seg_up(seg, image.shape[2:])))
+        seg = F.relu_(self.seg_conv(self.seg_up(seg, image.shape[2:])))
         cls = self.cls_bn(F.relu(self.cls_fc(torch.cat((*reversed(pooled), *tokens), 1))))
         return BTINetOutput(
             self.seg_out(seg),
@@ -219,11 +223,29 @@ class BTINet(nn.Module):
             if isinstance(exchange, GatedInteraction):
                 yield from exchange.gate_parameters()
 
+    def fold(self) -> BTINet:
+        """A copy for inference, in evaluation mode, that gives the same outputs (to 1e-5) in less time.
+
+        Batch normalisation is merged into convolutions, and so are the linear chains of the multi-scale
+        fusion. The copy cannot be trained or saved: keep this network for that.
+        """
+        return fold(self)
+
+    def fold_(self) -> None:
+        self.folded = True
+
+    def train(self, mode: bool = True) -> BTINet:
+        if mode and self.folded:
+            raise RuntimeError("this BTINet is folded for inference; train the one that fold() was called on")
+        return super().train(mode)
+
     def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
         """Writes weights (safetensors), configuration, class names and `metadata` (JSON), atomically.
 
         Raises UserError for an unwritable path, TypeError for metadata that JSON cannot hold.
         """
+        if self.folded:
+            raise RuntimeError("this BTINet is folded for inference; save the one that fold() was called on")
         if metadata is not None:
             self.metadata = dict(metadata)
         checkpoint.write(path, self.state_dict(), self.config, self.classes, self.metadata)

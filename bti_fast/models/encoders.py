@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast.errors import UserError
+from bti_fast.nn.folding import fold_conv
 
 EFFICIENTNETS = tuple(f"efficientnet-b{i}" for i in range(8))
 LEVELS = 5
@@ -39,15 +40,27 @@ class EfficientNetEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         net = self.net
-        x = F.silu(net._bn0(net._conv_stem(image)))
+        x = _silu(net._bn0(net._conv_stem(image)))
         taps = []
         for index, stage in enumerate(net._blocks):
             for number, block in enumerate(stage):
                 x, expanded = _mobile_block(block, x)
                 if number == 0 and index in TAPPED_STAGES:
                     taps.append(expanded)
-        taps.append(F.silu(net._bn1(net._conv_head(x))))
+        taps.append(_silu(net._bn1(net._conv_head(x))))
         return tuple(taps)
+
+    def fold_(self) -> None:
+        """Merges every batch normalisation into its convolution, for good (see bti_fast.nn.folding)."""
+        net = self.net
+        net._conv_stem, net._bn0 = fold_conv(net._conv_stem, net._bn0)
+        net._conv_head, net._bn1 = fold_conv(net._conv_head, net._bn1)
+        for stage in net._blocks:
+            for block in stage:
+                if block.expand_ratio != 1:
+                    block._expand_conv, block._bn0 = fold_conv(block._expand_conv, block._bn0)
+                block._depthwise_conv, block._bn1 = fold_conv(block._depthwise_conv, block._bn1)
+                block._project_conv, block._bn2 = fold_conv(block._project_conv, block._bn2)
 
 
 class SamePaddingConv(nn.Conv2d):
@@ -67,9 +80,9 @@ def _mobile_block(block: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """MONAI's inverted bottleneck: its output, and the activation after the expansion."""
     x = inputs
     if block.expand_ratio != 1:
-        x = F.silu(block._bn0(block._expand_conv(x)))
+        x = _silu(block._bn0(block._expand_conv(x)))
     expanded = x
-    x = F.silu(block._bn1(block._depthwise_conv(x)))
+    x = _silu(block._bn1(block._depthwise_conv(x)))
     if block.has_se:
         squeezed = F.silu(block._se_reduce(x.mean((2, 3), keepdim=True)))
         x = block._se_expand(squeezed).sigmoid() * x
@@ -79,6 +92,11 @@ def _mobile_block(block: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
             x = _drop_samples(x, block.drop_connect_rate)
         x = x + inputs
     return x, expanded
+
+
+def _silu(x: Tensor) -> Tensor:
+    """silu, in place where no gradient needs what was there."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def _drop_samples(x: Tensor, rate: float) -> Tensor:

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bti_fast.nn.dilated_depthwise import dilated_depthwise
+from bti_fast.nn.folding import FoldedContextFusion, fold_conv, fold_relu
+
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.01  # what Keras calls 0.99
 
@@ -13,6 +16,13 @@ BN_MOMENTUM = 0.01  # what Keras calls 0.99
 def batch_norm(channels: int) -> nn.BatchNorm2d:
     """Batch normalisation with the published epsilon and momentum."""
     return nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+
+
+class ReluBatchNorm(nn.BatchNorm2d):
+    """Relu, then batch normalisation: the published order. Overwrites its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.relu_(x))
 
 
 class SeparableConv(nn.Module):
@@ -37,7 +47,14 @@ class SeparableConv(nn.Module):
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, Cout, H, W]
-        return self.pointwise(self.depthwise(x))
+        return self.pointwise(self.spread(x))
+
+    def spread(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, Cin, H, W]
+        """The depthwise half alone."""
+        dilation = self.depthwise.dilation[0]
+        if dilation > 1 and self.depthwise.kernel_size[0] == 3:
+            return dilated_depthwise(x, self.depthwise.weight, dilation)
+        return self.depthwise(x)
 
 
 class MultiScaleContextFusion(nn.Module):
@@ -72,17 +89,24 @@ class MultiScaleContextFusion(nn.Module):
         one of four large products, and every map between them.
         """
         branches = (self.sep_d1, self.sep_d2, self.sep_d4)
-        maps = torch.cat([branch.depthwise(x) for branch in branches], 1)  # [B, 3C, H, W]
         fusion = self.fusion.weight.flatten(1)  # [C, C]
         pointwise = torch.stack([branch.pointwise.weight.flatten(1) for branch in branches])  # [3, C, C]
         biases = torch.stack([branch.pointwise.bias for branch in branches])  # [3, C]
-        matrix = (weights[:, :, None, None] * (fusion @ pointwise)).transpose(1, 2).flatten(2)  # [B, C, 3C]
+        matrices = weights[:, :, None, None] * (fusion @ pointwise)  # [B, 3, C, C]
         bias = F.linear(weights @ biases, fusion, self.fusion.bias)  # [B, C]
-        if maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous():
-            rows = maps.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H·W, 3C], a view
-            mixed = torch.baddbmm(bias[:, None], rows, matrix.transpose(1, 2))
+        by_rows = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        mixed = bias[:, None] if by_rows else bias[:, :, None]
+        for number, branch in enumerate(branches):
+            spread, matrix = branch.spread(x), matrices[:, number]  # [B, C, H, W], [B, C, C]
+            if by_rows:
+                factors = spread.permute(0, 2, 3, 1).flatten(1, 2), matrix.transpose(1, 2)  # views
+            else:
+                factors = matrix, spread.flatten(2)
+            # In place from the second on: the sum is one map, and nothing needs it for a gradient.
+            mixed = mixed.baddbmm_(*factors) if number else torch.baddbmm(mixed, *factors)
+        if by_rows:
             return mixed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-        return torch.baddbmm(bias[:, :, None], matrix, maps.flatten(2)).unflatten(2, x.shape[2:])
+        return mixed.unflatten(2, x.shape[2:])
 
 
 class DualPathAttention(nn.Module):
@@ -113,7 +137,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, attention: bool = False) -> None:
         super().__init__()
         self.conv1 = SeparableConv(in_channels, out_channels)
-        self.bn1 = batch_norm(out_channels)
+        self.bn1 = ReluBatchNorm(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
         self.conv2 = SeparableConv(out_channels, out_channels)
         self.bn2 = batch_norm(out_channels)
         self.msf = MultiScaleContextFusion(out_channels)
@@ -121,9 +145,15 @@ class ResidualBlock(nn.Module):
         self.proj = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(F.relu(self.conv1(x)))  # the published order: relu before the normalisation
+        y = self.bn1(self.conv1(x))
         y = self.att(self.msf(self.bn2(self.conv2(y))))
-        return F.relu(y + self.proj(x))
+        return F.relu_(y + self.proj(x))
+
+    def fold_(self) -> None:
+        """Merges what inference allows, for good; `bti_fast.nn.folding.fold` calls it on a copy."""
+        self.conv1.pointwise, self.bn1 = fold_relu(self.conv1.pointwise, self.bn1)
+        self.conv2.pointwise, self.bn2 = fold_conv(self.conv2.pointwise, self.bn2)
+        self.msf = FoldedContextFusion(self.msf)
 
 
 class AttentionGate(nn.Module):
@@ -145,5 +175,5 @@ class AttentionGate(nn.Module):
         g = self.g_transform(g)
         if g.shape[2:] != x.shape[2:]:
             g = F.interpolate(g, size=x.shape[2:], mode="bilinear", align_corners=False, antialias=False)
-        mask = self.ctx_out(self.ctx_sep_d2(self.ctx_sep_d1(F.relu(self.x_transform(x) + g)))).sigmoid()
+        mask = self.ctx_out(self.ctx_sep_d2(self.ctx_sep_d1(F.relu_(self.x_transform(x) + g)))).sigmoid()
         return x * mask

@@ -290,3 +290,32 @@ def test_impossible_options_are_refused_by_name(options, message):
 def test_wrong_images_are_refused_by_name(networks, image, error, message):
     with pytest.raises(error, match=message):
         networks["none"](image)
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_folded_network_gives_the_same_outputs(interaction):
+    torch.manual_seed(0)
+    model = BTINet("efficientnet-b0", interaction=interaction).eval()
+    for part in model.modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            part.running_mean.normal_(0, 0.3)
+            part.running_var.uniform_(0.5, 2)
+            part.weight.data.normal_(1, 0.3)
+    folded = model.fold()
+    image = torch.rand(2, 3, 72, 96)
+    with torch.no_grad():
+        expected, got = copy.deepcopy(model).double()(image.double()), folded(image)
+    for name in ("seg_logits", "cls_logits"):
+        truth = getattr(expected, name)
+        assert (getattr(got, name) - truth).abs().max() <= 1e-5 * truth.abs().max()
+    for truth, gate in zip(expected.gates, got.gates, strict=True):
+        torch.testing.assert_close(gate.double(), truth.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_folded_network_is_for_inference_only(tmp_path):
+    folded = BTINet("efficientnet-b0").fold()
+    with pytest.raises(RuntimeError, match="folded for inference; train"):
+        folded.train()
+    with pytest.raises(RuntimeError, match="folded for inference; save"):
+        folded.save(tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
