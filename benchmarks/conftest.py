@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from .harness import MODES, Case
+from .network import PROVIDERS
 from .peers import Choice, providers
 from .registry import DEFAULT_GROUP, GROUPS, cases, select
-from .whole_network import PROVIDERS, Network
+from .whole_network import Network
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,13 +40,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     made = []
     for case in (case for case in chosen if isinstance(case, kind)):
         if kind is Network:
-            modes, names = case.modes, list(PROVIDERS)
+            runs = [(mode, name) for mode in case.modes for name in PROVIDERS[mode]]
         else:
-            modes, names = MODES, [p.name for p in providers(case, choice_of(config))[0]]
+            names = [p.name for p in providers(case, choice_of(config))[0]]
+            runs = [(mode, name) for mode in MODES for name in names]
         made += [
-            pytest.param(case, mode, name, id=f"{case.group}: {case}, {mode}, {name}")
-            for mode in modes
-            for name in names
+            pytest.param(case, mode, name, id=f"{case.group}: {case}, {mode}, {name}") for mode, name in runs
         ]
     metafunc.parametrize(("case", "mode", "provider"), made)
 

@@ -1,7 +1,9 @@
 """The whole BTI-Net: seconds and peak memory of inference and of a training step, each in a fresh process.
 
-``python -m bti_fast.benchmarks.network``. The published TensorFlow code takes about 1.6 s for inference, and
-6.8 s and 7.3 GB for a training step, at the default size on two cores.
+``python -m bti_fast.benchmarks.network``. Providers: "reference" is the network with the operators in plain
+PyTorch, contiguous layout and the allocator as it comes; "bti_fast" is what the commands run; "folded" is
+that after ``BTINet.fold()``, for inference; "compile" is "bti_fast" (for inference: folded) under
+torch.compile. ``benchmarks/keras_network.py`` measures the same layers in TensorFlow.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import sys
 import time
 
 MODES = ("inference", "training step")
+PROVIDERS = {"inference": ("reference", "bti_fast", "folded"), "training step": ("reference", "bti_fast")}
+WARM_UP = 2  # steps before the timed ones: freed memory fits together only then
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,15 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=224, help="side of the square images, in pixels")
     parser.add_argument("--batch", type=int, default=8, help="images in a batch")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=5, help="timed repeats after one to warm up")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats after two to warm up")
     parser.add_argument(
         "--interactions", nargs="+", default=["proxy"], help="none fixed proxy entropy attention"
     )
     parser.add_argument(
         "--compile", action="store_true", help="also under torch.compile (minutes to compile)"
     )
-    parser.add_argument("--backend", default="auto", help="force one operator backend, such as reference")
-    parser.add_argument("--layout", choices=("contiguous", "channels_last"), default="contiguous")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     # A training step needs batch statistics, which one image does not have.
@@ -40,24 +42,23 @@ def main(arguments: list[str] | None = None) -> int:
     if options.one:
         print(json.dumps(_measure(options, *options.one.split(","))))
         return 0
-    print(
-        f"{options.encoder}, {options.batch}x3x{options.size}x{options.size}, {options.threads} threads, "
-        f"{options.layout}, operators: {options.backend}"
-    )
-    print(f"{'interaction':12} {'mode':14} {'provider':8} {'median s':>9} {'min-max':>15} {'peak GB':>8}")
+    print(f"{options.encoder}, {options.batch}x3x{options.size}x{options.size}, {options.threads} threads")
+    print(f"{'interaction':12} {'mode':14} {'provider':9} {'median s':>9} {'min-max':>15} {'peak GB':>8}")
     for interaction in options.interactions:
         for mode in modes:
-            for provider in ("eager", "compile") if options.compile else ("eager",):
-                row = _in_fresh_process(
+            for provider in (*PROVIDERS[mode], *(("compile",) if options.compile else ())):
+                row = in_fresh_process(
                     sys.argv[1:] if arguments is None else arguments, interaction, mode, provider
                 )
                 span = f"{row['min']:.2f}-{row['max']:.2f}"
-                line = f"{interaction:12} {mode:14} {provider:8} {row['median']:9.2f} {span:>15}"
+                line = f"{interaction:12} {mode:14} {provider:9} {row['median']:9.2f} {span:>15}"
                 print(f"{line} {row['peak']:8.2f}", flush=True)
     return 0
 
 
-def _in_fresh_process(arguments: list[str], *case: str) -> dict:
+def in_fresh_process(arguments: list[str], *case: str) -> dict:
+    """{"times": seconds, "median", "min", "max", "peak": GiB of resident memory} of one interaction, mode and
+    provider, with this command's arguments otherwise."""
     command = [sys.executable, "-m", "bti_fast.benchmarks.network", *arguments, "--one", ",".join(case)]
     return json.loads(
         subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
@@ -71,20 +72,22 @@ def _measure(options: argparse.Namespace, interaction: str, mode: str, provider:
 
     import bti_fast
     from bti_fast.losses import classification_loss, segmentation_loss
+    from bti_fast.memory import keep_freed_memory
     from bti_fast.models import BTINet
 
+    if provider != "reference":
+        keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = BTINet(options.encoder, interaction=interaction, image_size=options.size)
+    if provider == "reference":
+        model.to(memory_format=torch.contiguous_format)
+    if provider == "folded" or (provider, mode) == ("compile", "inference"):
+        model = model.fold()
     image = torch.rand(options.batch, 3, options.size, options.size)
-    if options.layout == "channels_last":
-        model, image = (
-            model.to(memory_format=torch.channels_last),
-            image.contiguous(memory_format=torch.channels_last),
-        )
     mask = (torch.rand(options.batch, 1, options.size, options.size) > 0.9).float()
     label = torch.arange(options.batch) % 3
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    optimizer = None if mode == "inference" else torch.optim.Adam(model.parameters(), 1e-4)
     forward = torch.compile(model) if provider == "compile" else model
 
     def inference() -> None:
@@ -103,16 +106,18 @@ def _measure(options: argparse.Namespace, interaction: str, mode: str, provider:
 
     model.train(mode != "inference")
     step = inference if mode == "inference" else training_step
-    forced = contextlib.nullcontext() if options.backend == "auto" else bti_fast.backend(options.backend)
+    forced = bti_fast.backend("reference") if provider == "reference" else contextlib.nullcontext()
     times = []
     with forced:
-        step()
+        for _ in range(WARM_UP):
+            step()
         for _ in range(options.repeats):
             start = time.perf_counter()
             step()
             times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"median": statistics.median(times), "min": min(times), "max": max(times), "peak": peak}
+    median = statistics.median(times)
+    return {"times": times, "median": median, "min": min(times), "max": max(times), "peak": peak}
 
 
 if __name__ == "__main__":

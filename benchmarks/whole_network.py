@@ -11,9 +11,8 @@ from . import network
 from .rows import PEAK, SKIPPED, TIME, Row, together
 
 INTERACTIONS = ("none", "fixed", "proxy", "entropy", "attention")
-PROVIDERS = {"reference": "reference", "bti_fast": "auto"}  # name in the table: backend forced
 ROUNDS = 2
-REPEATS = 3  # in a process, after one to warm up
+REPEATS = 3  # in a process, after those to warm up
 COMPILE_REASON = "minutes to compile; python -m bti_fast.benchmarks.network --compile measures it"
 
 
@@ -44,32 +43,28 @@ class Network:
 
 
 def run(case: Network, mode: str, provider: str, threads: int, repeats: int = REPEATS) -> dict:
-    """One fresh process: {"times": seconds, "peak": GiB of resident memory}."""
+    """One fresh process: {"times": seconds, "peak": GiB of resident memory, ...}."""
     flags = ["--encoder", case.encoder, "--size", case.side, "--batch", case.batch, "--threads", threads]
-    flags += ["--repeats", repeats, "--backend", PROVIDERS[provider]]
-    found = network._in_fresh_process([str(flag) for flag in flags], case.interaction, mode, "eager")
-    return {
-        "times": found.get("times") or [found["min"], found["median"], found["max"]],
-        "peak": found["peak"],
-    }
+    flags += ["--repeats", repeats]
+    return network.in_fresh_process([str(flag) for flag in flags], case.interaction, mode, provider)
 
 
 def measure_networks(cases: Iterable[Network], threads: int, row: Row) -> Iterator[list[Row]]:
-    """The rows of each case and mode; all interactions and both providers of a mode run in turns."""
+    """The rows of each case and mode; all interactions and providers of a mode run in turns."""
     cases = list(cases)
     for mode in network.MODES:
         times, peaks = defaultdict(list), defaultdict(float)
         taking_part = [case for case in cases if mode in case.modes]
         for _ in range(ROUNDS):
             for case in taking_part:
-                for provider in PROVIDERS:
+                for provider in network.PROVIDERS[mode]:
                     found = run(case, mode, provider, threads)
                     times[case, provider] += found["times"]
                     peaks[case, provider] = max(peaks[case, provider], found["peak"])
         for case in taking_part:
             made = replace(row, kernel=case.kernel, mode=mode, size=case.size, group=case.group)
             rows = [replace(made, provider="compile", metric=SKIPPED, note=COMPILE_REASON)]
-            for provider in PROVIDERS:
+            for provider in network.PROVIDERS[mode]:
                 tenths = quantiles(times[case, provider], n=10, method="inclusive")
                 p20, p50, p80 = (1e3 * tenths[i] for i in (1, 4, 7))
                 mb = peaks[case, provider] * 2**30 / 1e6
