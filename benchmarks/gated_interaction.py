@@ -26,12 +26,8 @@ def case(batch: int, channels: int, spatial: tuple[int, ...], kind: str) -> Case
             return GatedInteraction(channels, FEATURES, uncertainty="entropy", cls_classes=3)
         return GatedInteraction(channels, FEATURES, attention_heads=4 if kind == "attention" else 0)
 
-    def ours(module, seg, cls):
+    def call(module, seg, cls):
         return tuple(value for value in module(seg, cls) if value is not None)
-
-    def plain(module, seg, cls):
-        with plain_operators():
-            return ours(module, seg, cls)
 
     if kind == "attention":  # projections of q and v, and back, beside the proxy module's own product
         product += 2.0 * 3 * batch * math.prod(spatial) * channels * inner
@@ -40,8 +36,9 @@ def case(batch: int, channels: int, spatial: tuple[int, ...], kind: str) -> Case
         size="x".join(map(str, shape)),
         inputs=lambda: [torch.randn(shape), torch.randn(batch, FEATURES)],
         module=made,
-        reference=plain,
-        ours=ours,
+        reference=call,
+        within=plain_operators,
+        ours=call,
         traffic={"forward": 2 * features, "forward+backward": 5 * features},
         flop={"forward": product, "forward+backward": 3 * product},
     )

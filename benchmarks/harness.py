@@ -30,9 +30,10 @@ class Case:
 
     ``inputs`` makes the float32 arguments of ``reference`` and ``ours``; those at the positions ``constant``
     have no gradient. Where there is a ``module``, it is made once, and its parameters get gradients too;
-    ``reference`` and ``ours`` then take it as their first argument. ``peers`` maps further providers to
-    (call, context around it) or to the reason why they cannot take part. ``traffic`` (bytes) and ``flop``
-    are the least that any implementation needs, by mode. ``x`` is the quantity that a sweep varies.
+    ``reference`` and ``ours`` then take it as their first argument. ``within`` is entered around calls of
+    ``reference``. ``peers`` maps further providers to (call, context around it) or to the reason why they
+    cannot take part. ``traffic`` (bytes) and ``flop`` are the least that any implementation needs, by mode.
+    ``x`` is the quantity that a sweep varies.
     """
 
     kernel: str
@@ -44,6 +45,7 @@ class Case:
     flop: Mapping[str, float]
     constant: tuple[int, ...] = ()
     module: Callable[[], nn.Module] | None = None
+    within: Callable[[], AbstractContextManager] = nullcontext
     peers: Mapping[str, tuple[Callable, Callable[[], AbstractContextManager]] | str] = field(
         default_factory=dict
     )
@@ -205,7 +207,8 @@ def _require(case: Case, inputs: list[Tensor]) -> None:
 
 
 def _reference(case: Case, module: nn.Module | None, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    return case.reference(*([] if module is None else [module]), *inputs)
+    with case.within():
+        return case.reference(*([] if module is None else [module]), *inputs)
 
 
 def _arranged(value: Tensor, case: Case) -> Tensor:

@@ -29,7 +29,7 @@ class Choice:
 
 def providers(case: Case, choice: Choice) -> tuple[list[Provider], dict[str, str]]:
     """Those who take part, eager PyTorch first and ours last, and the others with the reason why not."""
-    chosen, absent = [Provider(EAGER, case.reference)], {}
+    chosen, absent = [Provider(EAGER, case.reference, case.within)], {}
     sweep = case.group.startswith("sweep")
     for name, peer in case.peers.items():
         if isinstance(peer, str):
@@ -39,9 +39,9 @@ def providers(case: Case, choice: Choice) -> tuple[list[Provider], dict[str, str
     if sweep:
         absent.clear()  # the same reasons stand at the operator's own cases
     elif choice.compile == "all" or (choice.compile == "default" and case.compiled):
-        chosen.append(Provider(COMPILE, _compiled(case)))
+        chosen.append(Provider(COMPILE, _compiled(case), case.within))
         if choice.max_autotune:
-            chosen.append(Provider(MAX_AUTOTUNE, _compiled(case, mode="max-autotune")))
+            chosen.append(Provider(MAX_AUTOTUNE, _compiled(case, mode="max-autotune"), case.within))
     else:
         absent[COMPILE] = "left out of this run (--compile all measures it everywhere)"
     for isa in choice.isas:

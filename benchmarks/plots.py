@@ -24,6 +24,7 @@ PEERS = {
     "sdpa cudnn": "#a6761d",
     "sdpa math": "#5c4a3d",
     "bti_fast": OURS,
+    "bti_fast:folded": COLOURS[2],
     "bti_fast:avx2": COLOURS[2],
     "bti_fast:portable": COLOURS[5],
     "bti_fast:avx512": COLOURS[6],

@@ -121,7 +121,7 @@ def _other_groups(rows: Sequence[Row]) -> str:
     ]
     if not found:
         return ""
-    lines = ["| geometric means | against | forward | with backward |", "|---|---|---|---|"]
+    lines = ["| geometric mean | against | forward | with backward |", "|---|---|---|---|"]
     cells = {}
     for g in found:
         cells.setdefault((g.group, g.kernel, g.peer), {})[g.mode] = g.mean
@@ -132,17 +132,21 @@ def _other_groups(rows: Sequence[Row]) -> str:
 
 
 def _network(rows: Sequence[Row]) -> str:
-    lines = ["| BTINet | mode | seconds | on the reference backend | faster |", "|---|---|---|---|---|"]
+    lines = ["| BTINet | mode | | seconds | reference backend | faster |", "|---|---|---|---|---|---|"]
     for row, peers in together(rows):
         if row.kernel == "BTINet" and "reference" in peers:
             base = peers["reference"]
             lines.append(
-                f"| {row.size} | {row.mode} | {row.p50 / 1e3:.2f} | {base.p50 / 1e3:.2f} "
+                f"| {row.size} | {row.mode} | {row.provider} | {row.p50 / 1e3:.2f} | {base.p50 / 1e3:.2f} "
                 f"| {base.p50 / row.p50:.2f} |"
             )
     if len(lines) == 2:
         return ""
-    parts = [f"{row.size.split()[-1]} {share:.1%} ({row.mode})" for row, share in shares(rows)]
+    parts = [
+        f"{row.size.split()[-1]} {share:.1%} ({row.mode})"
+        for row, share in shares(rows)
+        if row.provider == "bti_fast"
+    ]
     return "\n".join(lines) + (f"\n\nShare of the interaction: {', '.join(parts)}." if parts else "")
 
 

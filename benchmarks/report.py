@@ -149,8 +149,11 @@ def _extra(rows: Sequence[Row]) -> str:
 
 
 def _shares(rows: Sequence[Row]) -> str:
-    cells = [(row.size, row.mode, f"{row.p50 / 1e3:.2f} s", f"{share:.1%}") for row, share in shares(rows)]
-    return report.table(("network", "mode", "median", "share"), cells) if cells else ""
+    cells = [
+        (row.size, row.mode, row.provider, f"{row.p50 / 1e3:.2f} s", f"{share:.1%}")
+        for row, share in shares(rows)
+    ]
+    return report.table(("network", "mode", "provider", "median", "share"), cells) if cells else ""
 
 
 def _skipped(rows: Sequence[Row]) -> str:

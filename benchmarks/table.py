@@ -79,7 +79,7 @@ def loss_line(loss: Loss) -> str:
 
 def share_line(row: Row, share: float) -> str:
     """One interaction's share of the network's time."""
-    return f"{row.size}, {row.mode}: {share:.1%} of {row.p50 / 1e3:.2f} s"
+    return f"{row.size}, {row.mode}, {row.provider}: {share:.1%} of {row.p50 / 1e3:.2f} s"
 
 
 def fit_line(fit: Fit) -> str:
