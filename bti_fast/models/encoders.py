@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bti_fast.errors import UserError
 from bti_fast.nn.folding import fold_conv
+from bti_fast.nn.recomputed import normalised_silu
 
 EFFICIENTNETS = tuple(f"efficientnet-b{i}" for i in range(8))
 LEVELS = 5
@@ -40,14 +41,14 @@ class EfficientNetEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         net = self.net
-        x = _silu(net._bn0(net._conv_stem(image)))
+        x = normalised_silu(net._bn0, net._conv_stem(image))
         taps = []
         for index, stage in enumerate(net._blocks):
             for number, block in enumerate(stage):
                 x, expanded = _mobile_block(block, x)
                 if number == 0 and index in TAPPED_STAGES:
                     taps.append(expanded)
-        taps.append(_silu(net._bn1(net._conv_head(x))))
+        taps.append(normalised_silu(net._bn1, net._conv_head(x)))
         return tuple(taps)
 
     def fold_(self) -> None:
@@ -80,9 +81,9 @@ def _mobile_block(block: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """MONAI's inverted bottleneck: its output, and the activation after the expansion."""
     x = inputs
     if block.expand_ratio != 1:
-        x = _silu(block._bn0(block._expand_conv(x)))
+        x = normalised_silu(block._bn0, block._expand_conv(x))
     expanded = x
-    x = _silu(block._bn1(block._depthwise_conv(x)))
+    x = normalised_silu(block._bn1, block._depthwise_conv(x))
     if block.has_se:
         squeezed = F.silu(block._se_reduce(x.mean((2, 3), keepdim=True)))
         x = block._se_expand(squeezed).sigmoid() * x
@@ -92,11 +93,6 @@ def _mobile_block(block: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
             x = _drop_samples(x, block.drop_connect_rate)
         x = x + inputs
     return x, expanded
-
-
-def _silu(x: Tensor) -> Tensor:
-    """silu, in place where no gradient needs what was there."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def _drop_samples(x: Tensor, rate: float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bti_fast.nn.dilated_depthwise import dilated_depthwise
 from bti_fast.nn.folding import FoldedContextFusion, fold_conv, fold_relu
+from bti_fast.nn.recomputed import mixed_scales
 
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.01  # what Keras calls 0.99
@@ -47,14 +48,10 @@ class SeparableConv(nn.Module):
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, Cout, H, W]
-        return self.pointwise(self.spread(x))
-
-    def spread(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, Cin, H, W]
-        """The depthwise half alone."""
         dilation = self.depthwise.dilation[0]
         if dilation > 1 and self.depthwise.kernel_size[0] == 3:
-            return dilated_depthwise(x, self.depthwise.weight, dilation)
-        return self.depthwise(x)
+            return self.pointwise(dilated_depthwise(x, self.depthwise.weight, dilation))
+        return self.pointwise(self.depthwise(x))
 
 
 class MultiScaleContextFusion(nn.Module):
@@ -94,19 +91,8 @@ class MultiScaleContextFusion(nn.Module):
         biases = torch.stack([branch.pointwise.bias for branch in branches])  # [3, C]
         matrices = weights[:, :, None, None] * (fusion @ pointwise)  # [B, 3, C, C]
         bias = F.linear(weights @ biases, fusion, self.fusion.bias)  # [B, C]
-        by_rows = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        mixed = bias[:, None] if by_rows else bias[:, :, None]
-        for number, branch in enumerate(branches):
-            spread, matrix = branch.spread(x), matrices[:, number]  # [B, C, H, W], [B, C, C]
-            if by_rows:
-                factors = spread.permute(0, 2, 3, 1).flatten(1, 2), matrix.transpose(1, 2)  # views
-            else:
-                factors = matrix, spread.flatten(2)
-            # In place from the second on: the sum is one map, and nothing needs it for a gradient.
-            mixed = mixed.baddbmm_(*factors) if number else torch.baddbmm(mixed, *factors)
-        if by_rows:
-            return mixed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-        return mixed.unflatten(2, x.shape[2:])
+        kernels = [branch.depthwise.weight for branch in branches]
+        return mixed_scales(x, kernels, matrices, bias)
 
 
 class DualPathAttention(nn.Module):

@@ -15,36 +15,40 @@ def dilated_depthwise(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     """
     if x.device.type == "cpu" and dilation > 1 and torch.is_grad_enabled() and weight.requires_grad:
         return _DilatedDepthwise.apply(x, weight, dilation)
-    return _convolve(x, weight, dilation)
+    return convolve(x, weight, dilation)
 
 
-def _convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """The convolution as torch has it."""
     return F.conv2d(x, weight, padding=dilation, dilation=dilation, groups=x.shape[1])
 
 
+def gradients(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight: a convolution by the mirrored kernel, and an undilated one over phases.
+
+    Computed in the dtype of `grad`, which autocast may have narrowed; given in those of x and weight.
+    """
+    grad_x = convolve(grad, weight.to(grad.dtype).flip(2, 3), dilation).to(x.dtype)
+    x = x.to(grad.dtype)
+    if dilation > 1:
+        x, grad = _phases(x, dilation), _phases(grad, dilation)
+    grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=1, groups=x.shape[1])
+    return grad_x, grad_weight.to(weight.dtype)
+
+
 class _DilatedDepthwise(torch.autograd.Function):
-    """x's gradient is a convolution by the mirrored kernel, the weight's an undilated one over phases."""
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+        return convolve(x, weight, dilation)
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, ctx.dilation = inputs
         ctx.save_for_backward(x, weight)
-        ctx.dilation = dilation
-        return _convolve(x, weight, dilation)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _convolve(grad, weight.to(grad.dtype).flip(2, 3), ctx.dilation).to(x.dtype)
-        grad_weight = torch.nn.grad.conv2d_weight(
-            _phases(x.to(grad.dtype), ctx.dilation),  # autocast may have computed in a narrower dtype
-            weight.shape,
-            _phases(grad, ctx.dilation),
-            padding=1,
-            groups=x.shape[1],
-        )
-        return grad_x, grad_weight.to(weight.dtype), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *gradients(grad, *ctx.saved_tensors, ctx.dilation), None
 
 
 def _phases(x: Tensor, d: int) -> Tensor:

@@ -1,0 +1,117 @@
+"""Layers that keep less for the backward pass, and compute again there what is cheap (CPU)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bti_fast.nn.dilated_depthwise import convolve, gradients
+
+DILATIONS = (1, 2, 4)
+
+
+def recomputes(x: Tensor) -> bool:
+    """Whether layers over x recompute: where memory is the CPU's, and no compiler decides what to keep."""
+    return torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def normalised_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """silu(norm(x)) of x (B, C, H, W), for a batch normalisation or whatever stands in its place.
+
+    Autograd would keep the map between the two, which one multiplication and one addition give again.
+    """
+    if not (recomputes(x) and isinstance(norm, nn.BatchNorm2d)):
+        return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    statistics = norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
+    return _NormalisedSilu.apply(x, norm.weight, norm.bias, *statistics)[0]
+
+
+class _NormalisedSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, running_mean, running_var, training, momentum, eps):
+        y, mean, inverse = torch.native_batch_norm(
+            x, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+        if not training:
+            mean, inverse = running_mean.clone(), (running_var + eps).rsqrt()
+        return F.silu(y, inplace=True), mean, inverse
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, _, _, ctx.training, _, ctx.eps = inputs
+        _, mean, inverse = output
+        ctx.mark_non_differentiable(mean, inverse)
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, bias, mean, inverse = ctx.saved_tensors
+        scale = weight * inverse
+        shift = bias - mean * scale
+        y = torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+        variance = inverse.square().reciprocal() - ctx.eps  # read in evaluation only, as is the mean
+        grads = torch.ops.aten.native_batch_norm_backward(
+            torch.ops.aten.silu_backward(grad, y),
+            *(x, weight, mean, variance, mean, inverse, ctx.training, ctx.eps),
+            [True, True, True],
+        )
+        return *grads, None, None, None, None, None
+
+
+def mixed_scales(x: Tensor, kernels: Sequence[Tensor], matrices: Tensor, bias: Tensor) -> Tensor:
+    """Sum over r of matrices[b, r] · depthwise_r(x)[b, :, p] + bias[b], with dilations 1, 2 and 4.
+
+    x (B, C, H, W), kernels three of (C, 1, 3, 3), matrices (B, 3, C, C), bias (B, C) -> (B, C, H, W).
+    Autograd would keep the three depthwise maps, which take a twentieth of the time of the products.
+    """
+    if recomputes(x):
+        return _MixedScales.apply(x, *kernels, matrices, bias)
+    return _mix(x, kernels, matrices, bias)
+
+
+def _mix(x: Tensor, kernels: Sequence[Tensor], matrices: Tensor, bias: Tensor) -> Tensor:
+    mixed = None
+    for number, (kernel, dilation) in enumerate(zip(kernels, DILATIONS, strict=True)):
+        rows = _rows(convolve(x, kernel, dilation))
+        factors = rows, matrices[:, number].transpose(1, 2).to(rows.dtype)
+        # In place from the second on: the sum is one map, and nothing needs it for a gradient.
+        mixed = mixed.baddbmm_(*factors) if number else torch.baddbmm(bias[:, None].to(rows.dtype), *factors)
+    return _maps(mixed, x)
+
+
+class _MixedScales(torch.autograd.Function):
+    @staticmethod
+    def forward(x, kernel1, kernel2, kernel4, matrices, bias):
+        return _mix(x, (kernel1, kernel2, kernel4), matrices, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:-1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *kernels, matrices = ctx.saved_tensors
+        rows = _rows(grad)
+        grad_x, grad_kernels, grad_matrices = None, [], []
+        for number, (kernel, dilation) in enumerate(zip(kernels, DILATIONS, strict=True)):
+            spread = _rows(convolve(x.to(grad.dtype), kernel.to(grad.dtype), dilation))
+            grad_matrices.append(torch.bmm(rows.transpose(1, 2), spread))
+            grad_spread = _maps(torch.bmm(rows, matrices[:, number].to(grad.dtype)), x)
+            part, grad_kernel = gradients(grad_spread, x, kernel, dilation)
+            grad_x = part if grad_x is None else grad_x.add_(part)
+            grad_kernels.append(grad_kernel)
+        return grad_x, *grad_kernels, torch.stack(grad_matrices, 1).to(matrices.dtype), rows.sum(1)
+
+
+def _rows(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, H·W, C], a view of channels_last maps
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _maps(rows: Tensor, like: Tensor) -> Tensor:  # [B, H·W, C] -> [B, C, H, W] in the layout of `like`
+    maps = rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+    return maps.contiguous() if like.is_contiguous() else maps
