@@ -54,7 +54,9 @@ class Row:
 
     @property
     def case(self) -> tuple:
-        """What was computed, apart from who did."""
+        """What was computed, apart from who did; a machine's ceilings belong to their run."""
+        if self.kernel == MACHINE:
+            return self.kernel, self.size, self.mode, self.run
         return self.kernel, self.size, self.dtype, self.layout, self.group, self.threads, self.mode
 
     @property
