@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from bti_fast.engine.figures import COLOURS, INK, new_figure
 
-from .rows import MACHINE, TIME, Row
+from .rows import TIME, Row
 from .scaling import Fit
 
 OURS = COLOURS[0]
@@ -32,14 +32,14 @@ PEERS = {
 MARKERS = "osD^vP*X"
 
 
-def bars(rows: Sequence[Row], title: str) -> Figure:
-    """Medians of every provider at every size, on a logarithmic scale; whiskers from p20 to p80."""
-    sizes = list(dict.fromkeys(row.size for row in rows))
+def bars(rows: Sequence[Row], title: str, label: Callable[[Row], str] = lambda row: row.size) -> Figure:
+    """Medians of every provider in every case, on a logarithmic scale; whiskers from p20 to p80."""
+    sizes = list(dict.fromkeys(label(row) for row in rows))
     names = [name for name in PEERS if any(row.provider == name for row in rows)]
     figure, axes = new_figure(max(5.2, 0.24 * len(sizes) * (len(names) + 1) + 1.2), 3.6)
     width = 0.85 / max(len(names), 1)
     for i, name in enumerate(names):
-        found = {row.size: row for row in rows if row.provider == name}
+        found = {label(row): row for row in rows if row.provider == name}
         places = [
             (k + (i - (len(names) - 1) / 2) * width, found[s]) for k, s in enumerate(sizes) if s in found
         ]
@@ -119,7 +119,7 @@ def gain_bars(means: dict[str, dict[str, float]], title: str) -> Figure:
     """Times faster than each peer, by kernel and mode; left of the line at 1 the peer wins."""
     names = list(means)
     peers = list(dict.fromkeys(peer for by_peer in means.values() for peer in by_peer))
-    figure, axes = new_figure(5.6, 0.5 + 0.16 * len(names) * (len(peers) + 1))
+    figure, axes = new_figure(5.2, 1.2 + 0.12 * len(names) * (len(peers) + 1))
     height = 0.85 / max(len(peers), 1)
     for i, peer in enumerate(peers):
         places = [
@@ -144,19 +144,14 @@ def gain_bars(means: dict[str, dict[str, float]], title: str) -> Figure:
             )
     axes.axvline(1, color=INK, linewidth=0.9)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([0.2, 0.5, 1, 2, 5, 10, 20, 50]))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(-0.6, len(names) - 0.4)
     values = [value for by_peer in means.values() for value in by_peer.values()]
-    axes.set_xlim(0.6 * min(1, *values), 1.8 * max(1, *values))
+    axes.set_xlim(0.55 * min(1, *values), 1.6 * max(1, *values))
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.invert_yaxis()
     axes.set(title=title, xlabel="times faster than the peer (below 1: slower)")
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
     return figure
-
-
-def by_kernel_and_mode(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """(kernel, mode, group) -> rows, in the order of the table."""
-    found = defaultdict(list)
-    for row in rows:
-        if row.kernel != MACHINE:
-            found[row.kernel, row.mode, row.group].append(row)
-    return found

@@ -15,6 +15,7 @@ from .rows import EXTRA, MACHINE, PEAK, SKIPPED, TIME, Row, gains, losses, toget
 from .scaling import fits
 from .whole_network import shares
 
+SINGLE = "3D", "layout", "dtype"  # groups with one size of each operator
 METHOD = (
     "Every provider of a case is run once and checked against the reference in float64 (ours in memory full "
     "of NaN), then all are timed in turns; the figures are medians with the 20th and 80th percentile. "
@@ -59,14 +60,16 @@ def _summary(rows: Sequence[Row]) -> str:
         (g.kernel, g.group, g.mode, g.peer, f"{g.mean:.2f}x", f"{g.worst:.2f}x at {g.worst_size}", g.cases)
         for g in found
     ]
-    means = defaultdict(dict)
+    means = defaultdict(lambda: defaultdict(dict))
     for gain in found:
         if gain.peer != "compile max-autotune":
             group = "" if gain.group in ("levels", "module", "network") else f" {gain.group}"
-            means[f"{gain.kernel}{group}, {gain.mode}"][gain.peer] = gain.mean
-    drawing = [svg(plots.gain_bars(means, "Geometric means over all cases"))] if means else []
+            means[gain.mode][gain.kernel + group][gain.peer] = gain.mean
+    drawings = [
+        svg(plots.gain_bars(by_kernel, f"Geometric means, {mode}")) for mode, by_kernel in means.items()
+    ]
     columns = ("kernel", "group", "mode", "peer", "times faster, geometric mean", "worst case", "cases")
-    return report.figures(drawing) + report.table(columns, cells)
+    return report.figures(drawings) + report.table(columns, cells)
 
 
 def _losses(rows: Sequence[Row]) -> str:
@@ -91,19 +94,25 @@ def _losses(rows: Sequence[Row]) -> str:
 
 
 def _bars(rows: Sequence[Row], metric: str) -> list[str]:
-    groups = plots.by_kernel_and_mode(
-        row
-        for row in rows
-        if row.metric == metric and not row.group.startswith("sweep") and row.group != "dtype"
-    )
+    """A figure for each kernel, mode and group; groups of single sizes have one for all kernels."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row.metric != metric or row.group.startswith("sweep"):
+            continue
+        if metric == PEAK and (row.mode == "forward" or row.group in SINGLE):
+            continue  # memory with backward is larger, and decides whether something fits
+        kernel = "All operators" if row.group in SINGLE else row.kernel
+        groups[kernel, row.mode, row.group].append(row)
     drawings = []
     for (kernel, mode, group), found in groups.items():
-        if metric == PEAK and mode == "forward":
-            continue  # the larger one is what decides whether something fits
-        drawings.append(
-            svg(plots.bars(found, f"{kernel}, {mode}" + ("" if group == "levels" else f", {group}")))
-        )
+        title = f"{kernel}, {mode}" + ("" if group in ("levels", "module", "network") else f", {group}")
+        label = _case if group in SINGLE else (lambda row: row.size)
+        drawings.append(svg(plots.bars(found, title, label)))
     return drawings
+
+
+def _case(row: Row) -> str:
+    return f"{row.kernel} {row.layout if row.group == 'layout' else row.dtype}"
 
 
 def _rooflines(rows: Sequence[Row]) -> str:
