@@ -20,6 +20,7 @@ _HOMES = {
     "split_cases": "splits",
     "CheckReport": "check",
     "check_dataset": "check",
+    "pack_dataset": "packs",
     "make_phantoms": "phantoms",
     "CaseDataset": "dataset",
 }

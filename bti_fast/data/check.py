@@ -36,6 +36,7 @@ _WARNINGS = frozenset(
         "filled-mask",
         "grey-mask",
         "dark-16-bit",
+        "unknown-group-rows",
     )
 )
 

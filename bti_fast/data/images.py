@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from bti_fast.data.members import member_bytes
 from bti_fast.errors import UserError
 
 # Pillow loads most formats late; opening by name needs them now.
@@ -46,6 +48,8 @@ _DECODE_ERRORS = (
 
 def read_image(path: str | Path, channels: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read one image file as float32 (channels, H, W) in [0, 1] at its own size, upright by its EXIF tag.
+
+    A path may lead into a pack: pack.zip/name.
 
     8-bit values are divided by 255, 16-bit ones by 65535 (no stretching to the image's own range). Colour
     becomes grey by ITU-R 601 luma and grey becomes colour by repetition. Transparency is composited over
@@ -105,7 +109,12 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
     """The upright picture in memory, whatever its mode."""
     try:
         if not path.exists():
-            raise UserError(f"{path}: no such file")
+            inside = member_bytes(path)
+            if inside is None:
+                raise UserError(f"{path}: no such file")
+            with _open(path, io.BytesIO(inside), max_pixels) as picture:
+                picture.load()
+                return ImageOps.exif_transpose(picture)
         if not path.is_file():
             raise UserError(f"{path}: not a file; needs an image file")
         if path.stat().st_size == 0:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from bti_fast.data import brisc2025, busi, ham10000, manifest
+from bti_fast.data import brisc2025, busi, ham10000, manifest, packs
 from bti_fast.data.cases import DatasetIndex
+from bti_fast.data.groups import with_groups
 from bti_fast.data.verify import drop_unusable
 from bti_fast.errors import UserError
 
@@ -27,6 +28,7 @@ LAYOUTS: dict[str, Layout] = {
     "busi": Layout(busi.LOOKS_LIKE, busi.find, busi.read, class_folders=True),
     "ham10000": Layout(ham10000.LOOKS_LIKE, ham10000.find, ham10000.read),
     "brisc2025": Layout(brisc2025.LOOKS_LIKE, brisc2025.find, brisc2025.read, class_folders=True),
+    "pack": Layout(packs.LOOKS_LIKE, packs.find, packs.read),
     "manifest": Layout(manifest.LOOKS_LIKE, manifest.find, manifest.read),
 }
 
@@ -37,11 +39,13 @@ def read_dataset(
     *,
     verify: bool = True,
     allow_missing_classes: bool = False,
+    groups: str | Path | None = None,
 ) -> DatasetIndex:
     """Read a data set's folders or manifest into a `DatasetIndex`; nothing is renamed or written.
 
     With `verify` every file is decoded once: unreadable images and masks, masks of another size than their
-    image, and masks without a clear meaning are left out and listed in `problems`; the rest goes on. Raises
+    image, and masks without a clear meaning are left out and listed in `problems`; the rest goes on. `groups`
+    is a CSV file of images that belong together (see bti_fast.data.groups). Raises
     UserError if the path or layout is unknown, a class folder is missing (unless `allow_missing_classes`), or
     nothing usable is left.
     """
@@ -60,6 +64,8 @@ def read_dataset(
     if verify:
         cases, problems = drop_unusable(index.cases)
         index = replace(index, cases=cases, problems=[*index.problems, *problems])
+    if groups is not None and index.cases:
+        index = with_groups(index, groups)
     if not index.cases:
         first = f"; first problem: {index.problems[0].message}" if index.problems else ""
         raise UserError(f"{path}: no usable image ({len(index.problems)} problems{first})")

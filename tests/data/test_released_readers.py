@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from bti_fast.data import LeakWarning, check_dataset, near_duplicate_pairs, read_dataset, split_cases
-from bti_fast.data.splits import leaks
+from bti_fast.data.splits import leak_groups, leaks
 from bti_fast.errors import UserError
 from tests.data.files import make_brisc2025, make_ham10000, save, square_mask, texture
 
@@ -238,3 +238,43 @@ def test_real_brisc2025(shared_dir):
     with pytest.warns(LeakWarning):
         split_cases(subset, "official")
     assert leaks(split_cases(subset), ids) == []
+
+
+def test_groups_from_elsewhere_join_those_of_the_data(ham, tmp_path):
+    """A patient with two lesions keeps all images of both in one split."""
+    table = tmp_path / "patients.csv"
+    table.write_text(
+        "group,image,note\np1,ISIC_0000000.jpg,x\np1,HAM10000_images_part_1/ISIC_0000002.jpg,\n"
+        "p2,gone.jpg,\n,ISIC_0000004.jpg,\n"
+    )
+    plain, index = read_dataset(ham), read_dataset(ham, groups=table)
+    group = {case.image.stem: case.group for case in index.cases}
+    assert len({group[f"ISIC_000000{i}"] for i in range(4)}) == 1
+    assert len(set(group.values())) == 13 and len({case.group for case in plain.cases}) == 14
+    assert kinds(index) == ["unknown-group-rows"] and check_dataset(index).ok
+    for text, message in (
+        ("image,patient\na,b\n", "no column group; needs image and group"),
+        ("image,group\na,b\n", "names no image of"),
+    ):
+        table.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_dataset(ham, groups=table)
+    with pytest.raises(UserError, match="none.csv: cannot be read"):
+        read_dataset(ham, groups=tmp_path / "none.csv")
+
+
+def test_real_brisc2025_patients(shared_dir, tmp_path):
+    """Of the official test images matched to a patient, 150 of 160 show one who is in train."""
+    folder = shared_dir / "data" / "BRISC2025"
+    with (folder / "figshare_patient_match.csv").open() as stream:
+        known = {row["brisc_image"]: row["figshare_pid"] for row in csv.DictReader(stream)}
+    table = tmp_path / "patients.csv"
+    table.write_text("image,group\n" + "".join(f"{name},{pid}\n" for name, pid in known.items()))
+    index = read_dataset(folder, verify=False, groups=table)
+    groups = leak_groups(index.cases, [])
+    with pytest.warns(LeakWarning, match="the official split leaks: 108 groups"):
+        official = split_cases(index, "official", duplicate_groups=[])
+    trained = {known.get(case.image.name) for name in ("train", "val") for case in official[name]} - {None}
+    tested = [known[case.image.name] for case in official["test"] if case.image.name in known]
+    assert len(tested) == 160 and sum(pid in trained for pid in tested) == 150
+    assert leaks(split_cases(index, duplicate_groups=[]), groups) == []
