@@ -16,7 +16,15 @@ from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from bti_fast.engine.config import EvaluateConfig, PredictConfig, TrainConfig, flag
+from bti_fast.engine.config import (
+    AblateConfig,
+    CalibrateConfig,
+    EvaluateConfig,
+    FailuresConfig,
+    PredictConfig,
+    TrainConfig,
+    flag,
+)
 from bti_fast.errors import UserError
 
 PROGRAM = "bti-fast"
@@ -76,10 +84,14 @@ def _one_line(message: str) -> str:
     return text.replace("unrecognized arguments:", "unknown option")
 
 
-def add_settings(parser: Parser, config: type, positional: Sequence[str] = ()) -> None:
+def add_settings(
+    parser: Parser, config: type, positional: Sequence[str] = (), unused: Sequence[str] = ()
+) -> None:
     """One option per field of a settings class, in its groups, with its help and default; plus --config."""
     hints, groups = get_type_hints(config), {}
     for item in dataclasses.fields(config):
+        if item.name in unused:
+            continue
         text = item.metadata["help"].replace("%", "%%")
         several = get_origin(hints[item.name]) is tuple
         if item.name in positional:
@@ -105,7 +117,7 @@ def add_settings(parser: Parser, config: type, positional: Sequence[str] = ()) -
 
 def settings(config: type, values: Namespace) -> Any:
     """The settings object of parsed options."""
-    names = [item.name for item in dataclasses.fields(config)]
+    names = [item.name for item in dataclasses.fields(config) if item.name in values]
     plain = {name: getattr(values, name) for name in names}
     return config(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
@@ -142,6 +154,34 @@ def run_evaluate(values: Namespace) -> int:
     return 0
 
 
+def run_ablate(values: Namespace) -> int:
+    config = settings(AblateConfig, values)
+    config = dataclasses.replace(config, rows=config.rows or AblateConfig().rows).checked()
+    from bti_fast.engine.ablate import ablate
+
+    try:
+        ablate(config)
+    except KeyboardInterrupt as cause:
+        raise KeyboardInterrupt("give the same command again to go on") from cause
+    return 0
+
+
+def run_calibrate(values: Namespace) -> int:
+    config = settings(CalibrateConfig, values).checked()
+    from bti_fast.engine.calibrate import calibrate
+
+    calibrate(config)
+    return 0
+
+
+def run_failures(values: Namespace) -> int:
+    config = settings(FailuresConfig, values).checked()
+    from bti_fast.engine.failures import failures
+
+    failures(config)
+    return 0
+
+
 def run_predict(values: Namespace) -> int:
     config = settings(PredictConfig, values).checked()
     from bti_fast.engine.predict import predict
@@ -161,10 +201,9 @@ def run_convert(values: Namespace) -> int:
 
 def run_data(values: Namespace) -> int:
     if values.subcommand is None:
-        raise UserError(f"{PROGRAM} data: say check or phantoms")
-    return {"check": run_data_check, "phantoms": run_data_phantoms}[values.subcommand](
-        values[values.subcommand]
-    )
+        raise UserError(f"{PROGRAM} data: say check, pack or phantoms")
+    commands = {"check": run_data_check, "pack": run_data_pack, "phantoms": run_data_phantoms}
+    return commands[values.subcommand](values[values.subcommand])
 
 
 def run_data_check(values: Namespace) -> int:
@@ -174,11 +213,25 @@ def run_data_check(values: Namespace) -> int:
     from bti_fast.engine.files import write_json
 
     (path,) = _needed(values, "path")
-    report = check_dataset(read_dataset(path, values.layout))
+    report = check_dataset(read_dataset(path, values.layout, groups=values.groups))
     if values.json is not None:
         write_json(Path(values.json), report.to_dict())
     report.render(Console())
     return 0 if report.ok else 1
+
+
+def run_data_pack(values: Namespace) -> int:
+    from bti_fast.data import pack_dataset, read_dataset
+
+    path, file = _needed(values, "path", "file")
+    index = read_dataset(path, values.layout)
+    for problem in index.problems:
+        _console().print(f"warning: {problem.message}", markup=False, highlight=False, soft_wrap=True)
+    made = pack_dataset(index, file, max_mb=values.max_mb, size=values.size)
+    how = "as they were" if made.quality is None else f"as JPEG of quality {made.quality}"
+    text = f"{made.cases} images, {how}, {made.bytes / 1e6:.1f} MB -> {made.path}"
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 def run_data_phantoms(values: Namespace) -> int:
@@ -235,6 +288,31 @@ def build_parser() -> Parser:
     add_settings(evaluate, EvaluateConfig, positional=("model",))
     commands.add_subcommand("evaluate", evaluate, help="metrics, figures and a report for a trained network")
 
+    ablate = Parser(
+        usage="bti-fast ablate [ROW ...] --data PATH --out DIR --seeds 3 [options]",
+        description="The paper's ablation: train and evaluate every interaction on the same splits with the "
+        "same budget and several seeds. Stopped, the same command goes on. All options of train apply.",
+    )
+    add_settings(ablate, AblateConfig, positional=("rows",), unused=("interaction",))
+    commands.add_subcommand("ablate", ablate, help="compare the interactions over several seeds")
+
+    calibrate = Parser(
+        usage="bti-fast calibrate RUN [options]",
+        description="Bring the confidences in line with how often they are right: one temperature for the "
+        "mask and one for the class, fitted on the validation cases and stored with the weights.",
+    )
+    add_settings(calibrate, CalibrateConfig, positional=("model",))
+    commands.add_subcommand("calibrate", calibrate, help="temperature scaling, fitted on validation cases")
+
+    failures = Parser(
+        usage="bti-fast failures RUN [OTHER_RUN ...] [options]",
+        description="Which number foretells that a case went wrong? Gates, proxies and entropies of one pass "
+        "against MC-dropout and an ensemble of the runs named. Stores the threshold by which predict refers "
+        "cases to a human.",
+    )
+    add_settings(failures, FailuresConfig, positional=("model", "ensemble"))
+    commands.add_subcommand("failures", failures, help="failure signals compared; a threshold for predict")
+
     predict = Parser(
         usage="bti-fast predict RUN IMAGE [IMAGE ...] --out DIR [options]",
         description="Segment and diagnose images. Unreadable files are listed and the others still done; "
@@ -257,8 +335,8 @@ def build_parser() -> Parser:
     )
     commands.add_subcommand("convert", convert, help="published .keras weights to model.safetensors")
 
-    data = Parser(description="Look at a data set before training, or make a synthetic one.")
-    commands.add_subcommand("data", data, help="check a data set, or make a synthetic one")
+    data = Parser(description="Look at a data set before training, pack it, or make a synthetic one.")
+    commands.add_subcommand("data", data, help="check or pack a data set, or make a synthetic one")
     data_commands = data.add_subcommands(required=False, metavar="COMMAND", help="")
     check = Parser(
         description="Counts, unreadable files, bad masks, near-duplicates and leaks between splits. "
@@ -269,12 +347,28 @@ def build_parser() -> Parser:
         "--layout",
         type=str,
         default="auto",
-        help="busi, ham10000, brisc2025, manifest, or auto to look for itself.",
+        help="busi, ham10000, brisc2025, manifest, pack, or auto to look for itself.",
+    )
+    check.add_argument(
+        "--groups",
+        type=str | None,
+        default=None,
+        help="CSV file with the columns image and group (patient, say) that must not cross splits.",
     )
     check.add_argument(
         "--json", type=str | None, default=None, help="Also write the report to this JSON file."
     )
     data_commands.add_subcommand("check", check, help="report on a data set before training")
+    pack = Parser(
+        description="Write a data set as one file that --data takes in place of the folder. Images that do "
+        "not fit go in as JPEG."
+    )
+    pack.add_argument("path", nargs="?", type=str | None, help="Folder with the images.")
+    pack.add_argument("file", nargs="?", type=str | None, help="The .zip file to write.")
+    pack.add_argument("--layout", type=str, default="auto", help="As for check.")
+    pack.add_argument("--max-mb", type=float, default=60.0, help="Largest size in million bytes.")
+    pack.add_argument("--size", type=int, default=0, help="Longest side of an image in pixels; 0 keeps it.")
+    data_commands.add_subcommand("pack", pack, help="a data set as one file")
     phantoms = Parser(description="Make synthetic ultrasound-like images with lesions of two kinds and none.")
     phantoms.add_argument("folder", nargs="?", type=str | None, help="Folder to make; must be new or empty.")
     phantoms.add_argument("--count", type=int, default=150, help="Number of images.")
@@ -307,6 +401,9 @@ def build_parser() -> Parser:
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "train": run_train,
     "evaluate": run_evaluate,
+    "ablate": run_ablate,
+    "calibrate": run_calibrate,
+    "failures": run_failures,
     "predict": run_predict,
     "convert": run_convert,
     "data": run_data,

@@ -7,10 +7,25 @@ run = train(TrainConfig(data="BUSI", out="runs/first"))
 import sys
 from types import ModuleType
 
-from bti_fast.engine.config import EvaluateConfig, PredictConfig, TrainConfig
+from bti_fast.engine.config import (
+    AblateConfig,
+    CalibrateConfig,
+    EvaluateConfig,
+    FailuresConfig,
+    PredictConfig,
+    TrainConfig,
+)
 
-_FUNCTIONS = ("evaluate", "predict", "train")
-__all__ = ["EvaluateConfig", "PredictConfig", "TrainConfig", *_FUNCTIONS]
+_FUNCTIONS = ("ablate", "calibrate", "evaluate", "failures", "predict", "train")
+__all__ = [
+    "AblateConfig",
+    "CalibrateConfig",
+    "EvaluateConfig",
+    "FailuresConfig",
+    "PredictConfig",
+    "TrainConfig",
+    *_FUNCTIONS,
+]
 
 
 def __getattr__(name: str):  # the functions pull in torch and Lightning, the settings must not

@@ -32,11 +32,16 @@ class TrainConfig:
         None, "Folder of this run: weights, logs, report. Must not hold another run.", "Data"
     )
     layout: str = option(
-        "auto", "Data layout: busi, ham10000, brisc2025, manifest, or auto to look for itself.", "Data"
+        "auto", "Data layout: busi, ham10000, brisc2025, manifest, pack, or auto to look for itself.", "Data"
     )
     split: Literal["grouped", "official", "random"] = option(
         "grouped",
         "How cases are divided: grouped keeps near-duplicates and patients together, the others may leak.",
+        "Data",
+    )
+    groups: str | None = option(
+        None,
+        "CSV file with the columns image and group (patient, say): a group never crosses splits.",
         "Data",
     )
     val_fraction: float = option(
@@ -203,6 +208,8 @@ class TrainConfig:
                 f"--val-fraction {self.val_fraction}, --test-fraction {self.test_fraction}: validation needs "
                 "cases, and both together must be below 1 so that training cases remain"
             )
+        if self.groups is not None and not Path(self.groups).is_file():
+            raise UserError(f"--groups {self.groups}: no such file")
         if self.encoder_weights is not None and not Path(self.encoder_weights).is_file():
             raise UserError(f"--encoder-weights {self.encoder_weights}: no such file")
         return self
@@ -214,36 +221,101 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """What to evaluate, on which cases, and where the results go."""
+class AblateConfig(TrainConfig):
+    """Which interactions to compare, over how many seeds; all else as in training, the same for every cell.
+
+    `interaction` is not used; `seed` is the first of the seeds.
+    """
+
+    rows: tuple[str, ...] = option(
+        get_args(Interaction), "Interactions to compare; all five if none is named.", "Ablation"
+    )
+    seeds: int = option(3, "Runs of each, with seeds that follow on each other.", "Ablation", low=1, high=100)
+
+    def checked(self) -> AblateConfig:
+        """Returns self, or raises UserError with one line naming the first wrong setting."""
+        super().checked()
+        if self.out is None:
+            raise UserError("no output folder: give --out DIR, where every run and the table go")
+        if self.test_fraction <= 0:
+            raise UserError("--test-fraction 0: an ablation needs test cases to compare on")
+        known = get_args(Interaction)
+        for row in self.rows:
+            if row not in known or self.rows.count(row) > 1:
+                why = "named twice" if row in known else f"must be one of {', '.join(known)}"
+                raise UserError(f"row {row}: {why}")
+        if not self.rows:
+            raise UserError(f"no rows: name some of {', '.join(known)}")
+        return self
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every command on a trained network asks: which network, on which data, where the results go."""
 
     model: str | None = option(None, "Run folder of bti-fast train, or a model.safetensors.", "Input")
     data: str | None = option(
         None, "Folder with the images; by default the one the run was trained on.", "Input"
     )
     layout: str = option(
-        "auto", "Data layout: busi, ham10000, brisc2025, manifest, or auto to look for itself.", "Input"
+        "auto", "Data layout: busi, ham10000, brisc2025, manifest, pack, or auto to look for itself.", "Input"
     )
-    split: Literal["train", "val", "test", "all"] = option(
-        "test",
-        "Which cases: the run's own division is used again. all for data the model never saw.",
-        "Input",
+    out: str | None = option(
+        None, "Folder for the results; by default one in the run folder, named after the command.", "Output"
     )
-    out: str | None = option(None, "Folder for the results; by default RUN/evaluate-SPLIT.", "Output")
     overwrite: bool = option(False, "Replace results that are already there.", "Output")
-    worst: int = option(6, "How many of the worst cases to draw.", "Output", low=0, high=100)
     batch_size: int = option(8, "Images per step.", "Machine", low=1, high=4096)
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Where to compute; auto takes a GPU if there is one.", "Machine"
     )
     threads: int = option(0, "CPU threads, 0 for torch's choice.", "Machine", low=0, high=1024)
 
-    def checked(self) -> EvaluateConfig:
+    def checked(self) -> Any:
         """Returns self, or raises UserError with one line naming the first wrong setting."""
         check_ranges(self)
         if self.model is None:
             raise UserError("no model: give a run folder or a model.safetensors")
         return self
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(RunConfig):
+    """What to evaluate, on which cases, and where the results go."""
+
+    split: Literal["train", "val", "test", "all"] = option(
+        "test",
+        "Which cases: the run's own division is used again. all for data the model never saw.",
+        "Input",
+    )
+    worst: int = option(6, "How many of the worst cases to draw.", "Output", low=0, high=100)
+
+
+@dataclass(frozen=True)
+class CalibrateConfig(RunConfig):
+    """Which network gets temperatures, fitted on the validation cases and judged on the test cases."""
+
+
+@dataclass(frozen=True)
+class FailuresConfig(RunConfig):
+    """Which failure signals to compare, and how often the cases that are not referred may fail."""
+
+    ensemble: tuple[str, ...] = option(
+        (), "More runs of the same classes (other seeds): a deep ensemble to compare with.", "Input"
+    )
+    passes: int = option(
+        20, "Passes of MC-dropout to compare with; 0 leaves it out.", "Signals", low=0, high=1000
+    )
+    seed: int = option(0, "Fixes what MC-dropout drops.", "Signals", low=0, high=2**31 - 1)
+    signal: str = option(
+        "failure_score", "Signal by which predict refers cases to a human; one from a single pass.", "Signals"
+    )
+    target_rate: float = option(
+        0.05,
+        "Failure rate aimed at among the cases that are not referred; sets the threshold on validation.",
+        "Signals",
+        low=0.0,
+        high=0.99,
+    )
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def roc(found: Mapping[str, Mapping[str, Any] | None]) -> Figure:
     return figure
 
 
-def reliability(found: Mapping[str, Sequence[Any]], ece: float | None) -> Figure:
+def reliability(found: Mapping[str, Sequence[Any]], ece: float | None, title: str = "Reliability") -> Figure:
     """Accuracy over confidence, as metrics.reliability_curve gives it; the area of a dot is its share of the
     cases."""
     figure, axes = new_figure(4.4, 4.2)
@@ -70,7 +70,7 @@ def reliability(found: Mapping[str, Sequence[Any]], ece: float | None) -> Figure
         x, y, count = zip(*points, strict=True)
         axes.plot(x, y, color=COLOURS[0], linewidth=1.2)
         axes.scatter(x, y, s=[20 + 300 * n / sum(count) for n in count], color=COLOURS[0], alpha=0.7)
-    title = "Reliability" + ("" if ece is None else f", ECE {ece:.3f}")
+    title += "" if ece is None else f", ECE {ece:.3f}"
     axes.set(xlabel="confidence", ylabel="accuracy", title=title, xlim=(0, 1.02), ylim=(0, 1.02))
     return figure
 
@@ -89,6 +89,25 @@ def risk_coverage(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     )
     axes.set(xlim=(0, 1.02), ylim=(-0.02, None))
     axes.legend(frameon=False, title="AURC", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def seeds_by_row(found: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figure:
+    """One panel a metric: each seed of a row as a dot, their mean as a line."""
+    figure = Figure(figsize=(3.6 * len(found), 3.2), layout="constrained")
+    for number, (title, rows) in enumerate(found.items(), start=1):
+        axes = figure.add_subplot(1, len(found), number)
+        axes.spines[["top", "right"]].set_visible(False)
+        for position, (values, colour) in enumerate(
+            zip(rows.values(), itertools.cycle(COLOURS), strict=False)
+        ):
+            known = [value for value in values if value is not None]
+            if known:
+                axes.scatter([position] * len(known), known, color=colour, alpha=0.7, s=28)
+                mean = sum(known) / len(known)
+                axes.plot([position - 0.25, position + 0.25], [mean, mean], color=colour, linewidth=2.4)
+        axes.set_xticks(range(len(rows)), list(rows), rotation=20)
+        axes.set(title=title)
     return figure
 
 

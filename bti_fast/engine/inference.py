@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,6 +18,9 @@ from bti_fast.ops import entropy_uncertainty
 
 MASK_THRESHOLD = 0.5
 FAILURE_SCORE = "failure_score"
+MAX_SOFTMAX = "max_softmax"
+# Keys of the checkpoint's metadata: {"mask": T, "class": T}, and who is referred (see engine.failures).
+TEMPERATURE, REFERRAL = "temperature", "referral"
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,17 @@ class Prediction:
         return failure_score(self.mask_prob, self.class_prob)
 
     def failure_signals(self) -> dict[str, float]:
-        """Every failure signal of SPEC §7 and the failure score; higher means a failure is more likely."""
+        """Every failure signal of SPEC §7, 1 - greatest class probability, and the failure score.
+
+        Higher means a failure is more likely.
+        """
         found = metrics.failure_signals(
             gates=self.gates,
             proxies=self.proxies,
             mask_entropy=self.mask_entropy,
             class_entropy=self.class_entropy,
         )
-        return {**found, FAILURE_SCORE: self.failure_score}
+        return {**found, MAX_SOFTMAX: 1 - max(self.class_prob), FAILURE_SCORE: self.failure_score}
 
 
 def predict_images(
@@ -56,23 +63,59 @@ def predict_images(
     *,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
+    dropout: bool = False,
 ) -> Iterator[Prediction]:
-    """Predicts (id, image float32 (C, H, W) in 0..1) pairs in order; the model is left in evaluation mode."""
+    """Predicts (id, image float32 (C, H, W) in 0..1) pairs in order; the model is left in evaluation mode.
+
+    The temperatures in the model's metadata are applied. dropout leaves the dropout layers active
+    (MC-dropout), drawn from torch's global generator.
+    """
     model = model.to(device).eval()
-    size = model.config["image_size"]
-    size = (size, size) if isinstance(size, int) else tuple(size)
     pending = iter(images)
     while batch := list(islice(pending, batch_size)):
-        yield from _predict_batch(model, batch, size, device)
+        inputs = network_input(model, [image for _, image in batch], device)
+        with active_dropout(model) if dropout else nullcontext():
+            predictions = _predict_batch(model, batch, inputs)
+        yield from predictions
+
+
+def network_input(
+    model: Any, images: Sequence[np.ndarray], device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Images float32 (C, H, W) of any size as one batch of the size that the model was trained at."""
+    size = model.config["image_size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return torch.from_numpy(np.stack([resize_image(image, size) for image in images])).to(device)
+
+
+@contextmanager
+def active_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Within: dropout layers drop as in training, and everything else stays in evaluation mode."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    for layer in layers:
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.eval()
 
 
 @torch.inference_mode()
-def _predict_batch(
-    model: Any, batch: list[tuple[str, np.ndarray]], size: tuple[int, int], device: torch.device | str
-) -> list[Prediction]:
-    inputs = torch.from_numpy(np.stack([resize_image(image, size) for _, image in batch])).to(device)
+def logits(model: Any, inputs: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The network's output, and its mask and class logits in fp32 divided by their temperatures."""
     out = model(inputs)
-    seg_logits, cls_logits = out.seg_logits.float(), out.cls_logits.float()
+    scale = model.metadata.get(TEMPERATURE, {})
+    return (
+        out,
+        out.seg_logits.float() / scale.get("mask", 1.0),
+        out.cls_logits.float() / scale.get("class", 1.0),
+    )
+
+
+@torch.inference_mode()
+def _predict_batch(model: Any, batch: list[tuple[str, np.ndarray]], inputs: torch.Tensor) -> list[Prediction]:
+    out, seg_logits, cls_logits = logits(model, inputs)
     prob = seg_logits.sigmoid() if seg_logits.shape[1] == 1 else 1 - seg_logits.softmax(1)[:, :1]
     mask_entropy = entropy_uncertainty(seg_logits).flatten(1).mean(1).tolist()
     class_entropy = entropy_uncertainty(cls_logits).tolist()

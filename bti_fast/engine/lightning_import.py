@@ -33,8 +33,9 @@ _hide_broken_torchvision()
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lightning.pytorch as lightning
+    from lightning.pytorch.plugins.precision import MixedPrecision
 
 for _name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # its hardware report and advertisements
 
-__all__ = ["lightning"]
+__all__ = ["MixedPrecision", "lightning"]

@@ -21,7 +21,7 @@ from bti_fast.engine import run_folder
 from bti_fast.engine.config import PredictConfig
 from bti_fast.engine.device import choose_device, set_threads
 from bti_fast.engine.files import output_folder, write_csv, write_json
-from bti_fast.engine.inference import Prediction, class_names, predict_images
+from bti_fast.engine.inference import REFERRAL, Prediction, class_names, predict_images
 from bti_fast.engine.pictures import overlay, write_mask, write_picture
 from bti_fast.errors import UserError
 
@@ -44,7 +44,8 @@ def predict(
     config: PredictConfig, *, encoder: torch.nn.Module | None = None, console: Console | None = None
 ) -> Predictions:
     """Predicts every image named in config.images; writes masks/*.png (0 and 255, at the image's own size),
-    overlays/*.png, predictions.csv and predictions.json to config.out.
+    overlays/*.png, predictions.csv and predictions.json to config.out. Where bti-fast failures has chosen a
+    threshold, "refer" says which images a human should look at.
 
     Unreadable files are listed in the result and in both tables, and the others still predicted. encoder is
     needed where the network was trained with one of its own. UserError for bad settings, and where no image
@@ -61,6 +62,7 @@ def predict(
     set_threads(config.threads)
     model = run_folder.load_model(weights, encoder)
     names = class_names(model)
+    referral = model.metadata.get(REFERRAL)
     keys = dict(zip(map(str, files), output_names(files), strict=True))
 
     records: list[dict[str, Any]] = []
@@ -71,6 +73,7 @@ def predict(
         for found in predict_images(model, stream, batch_size=config.batch_size, device=device):
             records.append(
                 _write(folder, keys[found.id], found, images.pop(found.id), names, config.threshold)
+                | _referred(found, referral)
             )
             if time.monotonic() - saved > _TABLE_SECONDS:
                 _write_tables(folder, weights, records, bad, names)
@@ -82,6 +85,8 @@ def predict(
             f"{folder}: none of {len(bad)} files could be predicted, first {bad[0][0]}: {bad[0][1]}"
         )
     text = f"{len(records)} images predicted -> {folder}"
+    if referral is not None:
+        text += f"; {sum(record['refer'] for record in records)} of them are for a human to look at"
     if bad:
         text += f"; {len(bad)} files could not be read and are listed in {TABLE_CSV}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -186,6 +191,14 @@ def _write(
         "signals": [dict(zip(PROXIES, level, strict=True)) for level in found.proxies],
         "level_uncertainty": found.level_uncertainty,
     }
+
+
+def _referred(found: Prediction, referral: dict[str, Any] | None) -> dict[str, Any]:
+    """{"refer": whether a human should look}, or nothing where the checkpoint has no threshold."""
+    if referral is None:
+        return {}
+    value, threshold = found.failure_signals()[referral["signal"]], referral["threshold"]
+    return {"refer": threshold is None or not value <= threshold}
 
 
 def flat(record: dict[str, Any]) -> dict[str, Any]:

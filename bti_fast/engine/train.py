@@ -17,7 +17,7 @@ from bti_fast.data import Case, CaseDataset, LeakWarning, read_dataset, split_ca
 from bti_fast.engine import run_folder
 from bti_fast.engine.config import TrainConfig, resumed_config
 from bti_fast.engine.device import choose_device, set_threads
-from bti_fast.engine.lightning_import import lightning
+from bti_fast.engine.lightning_import import MixedPrecision, lightning
 from bti_fast.engine.lightning_module import GateStage, Stage, TaskStage
 from bti_fast.engine.loaders import (
     count_classes,
@@ -70,7 +70,7 @@ def train(
     device = choose_device(config.device)
     set_threads(config.threads or (state["threads"] if state else 0))
 
-    index = read_dataset(config.data, config.layout)
+    index = read_dataset(config.data, config.layout, groups=None if resume else config.groups)
     for problem in index.problems:
         _say(console, f"warning: {problem.message}")
     names = class_names(index.classes)
@@ -246,7 +246,7 @@ def _fit(
         trainer = lightning.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
-            precision=PRECISIONS[config.precision],
+            **_arithmetic(config.precision, device),
             max_epochs=epochs,
             gradient_clip_val=config.clip_norm,
             gradient_clip_algorithm="norm",
@@ -276,6 +276,14 @@ def _fit(
         finally:
             torch.use_deterministic_algorithms(deterministic)
             signal.signal(signal.SIGINT, handler)
+
+
+def _arithmetic(precision: str, device: torch.device) -> dict[str, Any]:
+    """The trainer's arguments for a precision; the losses stay in fp32 by themselves."""
+    if precision == "16" and device.type == "cpu":
+        # By its name Lightning would quietly take bf16 instead.
+        return {"plugins": [MixedPrecision("16-mixed", "cpu")]}
+    return {"precision": PRECISIONS[precision]}
 
 
 def _check_splits(splits: dict[str, list[Any]], config: TrainConfig) -> None:

@@ -49,9 +49,10 @@ def test_every_option_has_a_sentence_of_help() -> None:
     parser = build_parser()
     commands = next(a for a in parser._actions if a.choices and "train" in a.choices).choices
     assert set(commands) == {
-        "train", "evaluate", "predict", "convert", "data", "demo", "doctor", "benchmark",
+        "train", "evaluate", "ablate", "calibrate", "failures", "predict", "convert", "data", "demo",
+        "doctor",         "benchmark",
     }  # fmt: skip
-    for name in ("train", "evaluate", "predict", "convert", "demo"):
+    for name in ("train", "evaluate", "ablate", "calibrate", "failures", "predict", "convert", "demo"):
         for action in commands[name]._actions:
             if action.dest not in ("help", "print_config"):
                 assert action.help and action.help.rstrip().endswith("."), (name, action.dest)
@@ -81,14 +82,22 @@ def test_no_arguments_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--resume", "{tmp}/empty"], "no config.yaml in it, so there is no run to resume"),
         (["train", "--data", ".", "--out", "{tmp}/r", "--encoder", "resnet"], "encoder: found 'resnet'"),
         (["evaluate"], "no model: give a run folder"),
+        (["ablate", "--data", "."], "no output folder: give --out DIR"),
+        (["ablate", "fuzzy", "--data", ".", "--out", "{tmp}/a"], "row fuzzy: must be one of none, fixed"),
+        (["ablate", "--interaction", "none"], "unknown option --interaction"),
+        (["calibrate"], "no model: give a run folder"),
+        (["failures", "/nowhere"], "/nowhere: no such run folder or checkpoint"),
+        (["failures", "run", "--target-rate", "1.5"], "--target-rate 1.5: must lie between 0 and 0.99"),
         (["evaluate", "/nowhere"], "/nowhere: no such run folder or checkpoint"),
         (["predict", "/nowhere", "a.png", "--out", "{tmp}/p"], "/nowhere: no such run folder or checkpoint"),
         (["predict", "{tmp}/bomb.safetensors", "{tmp}/a.png", "--out", "{tmp}/p"], "a pickle"),
         (["predict", "{tmp}/cut.safetensors", "{tmp}/a.png", "--out", "{tmp}/p"], "damaged, truncated"),
         (["convert", "/nowhere.keras", "{tmp}/m.safetensors"], "/nowhere.keras"),
         (["convert"], "SOURCE is missing"),
-        (["data"], "say check or phantoms"),
+        (["data"], "say check, pack or phantoms"),
         (["data", "check", "/nowhere"], "/nowhere: no such file or folder"),
+        (["data", "pack", "/nowhere", "{tmp}/p.zip"], "/nowhere: no such file or folder"),
+        (["data", "pack", "/nowhere"], "FILE is missing"),
         (["data", "phantoms", "{tmp}/ph", "--count", "0"], "phantom count is 0"),
         (["trian"], "invalid choice: 'trian'"),
     ],

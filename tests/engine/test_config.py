@@ -46,6 +46,7 @@ def test_defaults_are_the_paper_recipe() -> None:
         ({"channels": 2}, "--channels 2: must be one of 1, 3"),
         ({"val_fraction": 0.6, "test_fraction": 0.5}, "both together must be below 1"),
         ({"val_fraction": 0.0}, "validation needs cases"),
+        ({"groups": "/nowhere/patients.csv"}, "--groups /nowhere/patients.csv: no such file"),
         ({"encoder_weights": "/nowhere/b4.bin"}, "--encoder-weights /nowhere/b4.bin: no such file"),
     ],
 )

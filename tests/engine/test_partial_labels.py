@@ -9,12 +9,12 @@ import torch
 
 from bti_fast import losses
 from bti_fast.data import CaseDataset, read_dataset
-from bti_fast.engine.evaluate import case_row
 from bti_fast.engine.inference import predict_images
 from bti_fast.engine.lightning_module import GateStage, TaskStage
 from bti_fast.engine.loaders import ordered_loader
 from bti_fast.engine.run_folder import load_model
 from bti_fast.engine.schedule import Counters
+from bti_fast.engine.subject import case_row
 from bti_fast.engine.train import build_model
 from bti_fast.metrics import is_failure, summarise
 from tests.engine.tiny import TinyEncoder, tiny_config, tiny_train
