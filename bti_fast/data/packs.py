@@ -18,7 +18,7 @@ from PIL import Image
 from bti_fast.data.cases import SPLITS, Case, DatasetIndex, Problem, sorted_cases
 from bti_fast.data.images import read_image, read_mask
 from bti_fast.data.manifest import COLUMNS, EMPTY
-from bti_fast.data.members import SUFFIX, open_pack
+from bti_fast.data.members import SUFFIX, member_bytes, open_pack
 from bti_fast.data.resize import resize_image, resize_mask
 from bti_fast.data.verify import in_threads
 from bti_fast.errors import UserError
@@ -146,10 +146,12 @@ def _encoded(
 
 
 def _image(case: Case, quality: int | None, size: int) -> bytes:
+    if quality is None and not size:
+        return _file_bytes(case.image)
     values = read_image(case.image, 3)
     shape = _shrunk(values.shape[1:], size)
     if quality is None and shape == values.shape[1:]:
-        return case.image.read_bytes()
+        return _file_bytes(case.image)
     pixels = np.rint(resize_image(values, shape) * 255).astype(np.uint8)
     grey = bool((pixels[0] == pixels[1]).all() and (pixels[0] == pixels[2]).all())
     picture = Image.fromarray(pixels[0] if grey else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
@@ -159,6 +161,12 @@ def _image(case: Case, quality: int | None, size: int) -> bytes:
     else:
         picture.save(stream, "JPEG", quality=quality, optimize=True, subsampling=0)
     return stream.getvalue()
+
+
+def _file_bytes(path: Path) -> bytes:
+    """A file as it is; one inside a pack too, so that a pack can be packed again, smaller."""
+    inside = member_bytes(path)
+    return path.read_bytes() if inside is None else inside
 
 
 def _mask(case: Case, size: int) -> bytes | None:

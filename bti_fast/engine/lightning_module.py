@@ -40,15 +40,15 @@ class Stage(lightning.LightningModule):
         start_epoch(self.trainer.train_dataloader, epoch)
         self._sums.clear()
 
-    def add(self, name: str, value: Tensor, count: int) -> None:
+    def add(self, name: str, value: Tensor, count: int | Tensor) -> None:
         """Adds count samples of mean value to the running mean of name, without waiting for the device."""
         total = self._sums.setdefault(name, [torch.zeros((), dtype=torch.float64, device=value.device), 0])
         total[0] = total[0] + value.detach().double() * count
-        total[1] += count
+        total[1] = total[1] + count
 
     def means(self) -> dict[str, float]:
         """The running means so far; a name without samples is left out."""
-        return {name: float(total) / count for name, (total, count) in self._sums.items() if count}
+        return {name: float(total) / int(count) for name, (total, count) in self._sums.items() if int(count)}
 
     def finish_epoch(self, extra: dict[str, float]) -> None:
         """Builds the epoch's record; UserError where a loss is not a number."""
@@ -92,9 +92,9 @@ class TaskStage(Stage):
 
     def on_train_start(self) -> None:
         if self.config.class_loss == "balanced":
-            self.class_weights = balanced_class_weights(
-                self.trainer.train_dataloader.dataset, self.config.class_beta
-            )
+            data = self.trainer.train_dataloader.dataset
+            weights = balanced_class_weights(data, self.config.class_beta)
+            self.class_weights = None if weights is None else weights.to(self.device)
 
     def loss_weights(self) -> tuple[float, float]:
         """Weights of the mask and the class loss in this epoch."""
@@ -115,8 +115,8 @@ class TaskStage(Stage):
         w_seg, w_cls = self.loss_weights()
         total = w_seg * seg + w_cls * cls + auxiliary
         self.add("train_loss", total, len(batch["id"]))
-        self.add("train_seg_loss", seg, int(batch["has_mask"].sum()))
-        self.add("train_cls_loss", cls, int(batch["has_label"].sum()))
+        self.add("train_seg_loss", seg, batch["has_mask"].sum())
+        self.add("train_cls_loss", cls, batch["has_label"].sum())
         return total
 
     def _losses(self, out: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,8 +144,8 @@ class TaskStage(Stage):
         out = self.model(batch["image"])
         seg, cls, _ = self._losses(out, batch)
         has_mask, has_label = batch["has_mask"], batch["has_label"]
-        self.add("val_seg_loss", seg, int(has_mask.sum()))
-        self.add("val_cls_loss", cls, int(has_label.sum()))
+        self.add("val_seg_loss", seg, has_mask.sum())
+        self.add("val_cls_loss", cls, has_label.sum())
         if bool(has_mask.any()):
             logits, truth = out.seg_logits[has_mask].float(), batch["mask"][has_mask] > 0.5
             self.add("val_iou", mask_iou(logits > 0, truth).mean(), len(truth))
@@ -221,8 +221,8 @@ class GateStage(Stage):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         seg, cls = self._losses(batch)
-        self.add("val_w_seg_loss", seg, int(batch["has_mask"].sum()))
-        self.add("val_w_cls_loss", cls, int(batch["has_label"].sum()))
+        self.add("val_w_seg_loss", seg, batch["has_mask"].sum())
+        self.add("val_w_cls_loss", cls, batch["has_label"].sum())
 
     def on_validation_epoch_end(self) -> None:
         means = self.means()

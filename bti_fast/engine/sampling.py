@@ -80,9 +80,12 @@ def add_sampled_signals(
 def seconds_an_image(
     members: Sequence[tuple[Any, bool]], image: np.ndarray, batch_size: int, device: torch.device
 ) -> float:
-    """Wall time of one pass of every member over a batch, over its images: the median of three."""
+    """Wall time of one pass of every member over a batch, over its images, after a first pass to warm up.
 
-    def once() -> None:
+    The median of three where that takes few passes.
+    """
+
+    def once(members: Sequence[tuple[Any, bool]]) -> None:
         for model, dropout in members:
             channels = model.config["in_channels"]
             picture = image if image.shape[0] == channels else np.repeat(image[:1], channels, axis=0)
@@ -96,8 +99,9 @@ def seconds_an_image(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    once()
-    return median(_seconds(once) for _ in range(3)) / batch_size
+    once(members[:1])
+    repeats = 3 if len(members) <= 3 else 1
+    return median(_seconds(lambda: once(members)) for _ in range(repeats)) / batch_size
 
 
 def _seconds(function: Callable[[], None]) -> float:

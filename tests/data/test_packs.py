@@ -83,6 +83,8 @@ def test_what_does_not_fit_becomes_jpeg_or_smaller(tmp_path: Path) -> None:
     assert read_image(case.image, 1).shape == (1, 60, 80) and read_mask(case.masks[0]).shape == (60, 80)
     assert pack_dataset(index, tmp_path / "again.zip", size=80).bytes == small.bytes
     assert small.path.read_bytes() == (tmp_path / "again.zip").read_bytes()
+    again = pack_dataset(read_dataset(whole.path), tmp_path / "repacked.zip")  # a pack can be packed
+    assert again.bytes == pytest.approx(whole.bytes, abs=200) and again.cases == 6
     with pytest.raises(UserError, match="does not fit into 0.005 MB even as JPEG of quality 50"):
         pack_dataset(index, tmp_path / "none.zip", max_mb=0.005)
     assert not list(tmp_path.glob("*none*"))
