@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from bti_fast.errors import UserError
 
-from .harness import geometric_mean
-from .rows import EXTRA, PEAK, TIME, Row, together
+from .rows import BUSY_NOTE, EXTRA, PEAK, TIME, Row, geometric_mean, together
 
 MEMORY_SLACK = 0.1  # megabytes that are nobody's loss
 
@@ -25,10 +24,20 @@ class Change:
     machine: float
     peers: tuple[str, ...]
 
+    @property
+    def busy(self) -> bool:
+        """One of the two times was taken while others used the processors."""
+        return self.new.metric == TIME and any(r.note.startswith(BUSY_NOTE) for r in (self.old, self.new))
+
     def slower(self, threshold: float) -> bool:
-        """True beyond the threshold, such as 0.15, for the median and for the fast fifth of the samples."""
+        """True beyond the threshold, such as 0.15, for the median and for the fast fifth of the samples.
+
+        Never for times that were taken on a busy machine, which tell nothing.
+        """
         if self.new.metric != TIME:
             return self.ratio > 1 + threshold and self.new.p50 - self.old.p50 > MEMORY_SLACK
+        if self.busy:
+            return False
         fast = self.new.p20 / self.old.p20 / self.machine
         return min(self.ratio, fast) > 1 + threshold
 
@@ -71,8 +80,10 @@ def describe(found: list[Change], threshold: float) -> tuple[list[str], bool]:
     """Lines that say what got slower or larger, then the greatest gains; and whether anything did."""
     worse = [change for change in found if change.slower(threshold)]
     lines = [f"SLOWER  {change}" if change.new.metric == TIME else f"LARGER  {change}" for change in worse]
-    better = [change for change in reversed(found) if change.ratio < 1 / (1 + threshold)][:10]
+    better = [c for c in reversed(found) if c.ratio < 1 / (1 + threshold) and not c.busy][:10]
     lines += [f"better  {change}" for change in better]
+    if unsure := sum(change.busy for change in found):
+        lines.append(f"note: {unsure} times were taken on a busy machine and are not judged")
     pair = found[0].old, found[0].new
     for what in ("device", "torch", "threads"):
         before, after = (getattr(row, what) for row in pair)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -218,9 +217,3 @@ def _arranged(value: Tensor, case: Case) -> Tensor:
     if case.layout == "channel-major":  # (B, h, N, d) whose tokens lie side by side, as a map's do
         return value.transpose(-1, -2).contiguous().transpose(-1, -2)
     return value
-
-
-def geometric_mean(values) -> float:
-    """Geometric mean of positive numbers."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))

@@ -24,11 +24,12 @@ from .ceilings import Ceilings, calls_per_sample, copier, copy_rate, matrix_rate
 from .harness import Bound, Case, Provider, bind, check, poisoned_memory, runner
 from .memory import peak_memory
 from .peers import EAGER, Choice, isa_in_use, providers
-from .rows import EXTRA, MACHINE, PEAK, SKIPPED, TIME, Row
+from .rows import BUSY_NOTE, EXTRA, MACHINE, PEAK, SKIPPED, TIME, Row
 
 ROUNDS = 5, 200  # fewest and most timed repeats
 MIB = 2**20
 COPY = "copy"
+BUSY = 20  # preemptions a second; an idle machine has a handful
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,15 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else ""
 
 
+def preemptions() -> int:
+    """How often this process has lost a processor to another so far; 0 where the system cannot tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 def machine_rows(when: str, settings: Settings, row: Row) -> list[Row]:
     """The ceilings of the machine now: ``when`` is "before" or "after" the cases."""
     rows = []
@@ -128,7 +138,11 @@ def measure(case: Case, mode: str, settings: Settings, row: Row) -> list[Row]:
     # The ceiling is a copy of the largest input in turns with the others, through caches in the same state.
     nbytes = max(value.nbytes for value in bound.inputs)
     copy = Provider(COPY, copier(nbytes, settings.device))
+    lost, start = preemptions(), time.perf_counter()
     samples = interleaved({**runs, COPY: (copy, copy.call)}, settings)
+    lost = (preemptions() - lost) / (time.perf_counter() - start)
+    if settings.device == "cpu" and lost > BUSY:
+        row = replace(row, note=f"{BUSY_NOTE}: a processor was lost to others {lost:.0f} times a second")
     rates = [2 * nbytes / seconds for seconds in samples.pop(COPY)]
     ceilings = Ceilings(median(rates), matrix_rate(settings.device, case.dtype))
     p20, p50, p80 = (rate / 1e9 for rate in _quantiles(rates))

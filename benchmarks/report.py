@@ -38,6 +38,7 @@ def write_report(path: Path, rows: Iterable[Row]) -> None:
     )
     dates = sorted(row.date for row in measured)
     sections = {
+        "Busy machine": "".join(report.note(line) for line in table.busy(rows)),
         "Summary": _summary(rows),
         "Where a peer is faster": _losses(rows),
         "Times": report.figures(_bars(measured, TIME)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -11,10 +12,9 @@ from pathlib import Path
 from bti_fast.engine.files import write_csv
 from bti_fast.errors import UserError
 
-from .harness import geometric_mean
-
 TIME, PEAK, EXTRA, SKIPPED = "ms", "peak MB", "extra MB", "skipped"
 MAIN_PEERS = "eager", "reference", "compile", "compile max-autotune", "best sdpa"
+BUSY_NOTE = "busy machine"  # begins the note of rows whose times are not to be trusted
 MACHINE = "machine"  # the kernel under which the ceilings stand
 
 
@@ -76,6 +76,12 @@ _NUMBERS = {
     "int | None": int,
     "int": int,
 }
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Geometric mean of positive numbers."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
 
 
 def save(path: Path, rows: Iterable[Row]) -> list[Row]:

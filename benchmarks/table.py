@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .rows import EXTRA, MACHINE, PEAK, SKIPPED, TIME, Gain, Loss, Row, gains, losses
+from .rows import BUSY_NOTE, EXTRA, MACHINE, PEAK, SKIPPED, TIME, Gain, Loss, Row, gains, losses
 from .scaling import Fit, fits
 from .whole_network import shares
 
@@ -45,6 +45,7 @@ def summary(rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
     parts = [
         ("Ceilings", _machine(rows)),
+        ("Busy machine", busy(rows)),
         ("Not measured", skipped(rows)),
         ("Memory above inputs and results, of ours", _extra(rows)),
         ("Share of the interaction in BTINet", [share_line(row, share) for row, share in shares(rows)]),
@@ -109,6 +110,16 @@ def _machine(rows: list[Row]) -> list[str]:
         f"{provider}, {size}: " + ", ".join(f"{value:.1f} {unit} {when}" for when, value in values.items())
         for (provider, size, unit), values in found.items()
     ]
+
+
+def busy(rows: list[Row]) -> list[str]:
+    """A warning where cases were timed on a busy machine."""
+    times = [row for row in rows if row.metric == TIME]
+    found = {row.case for row in times if row.note.startswith(BUSY_NOTE)}
+    if not found:
+        return []
+    every = len({row.case for row in times})
+    return [f"{len(found)} of {every} cases were timed while others used the processors: run them again"]
 
 
 def _extra(rows: list[Row]) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.compare import changes
-from benchmarks.rows import save
+from benchmarks.rows import BUSY_NOTE, save
 from bti_fast.errors import UserError
 
 from .made_rows import table, timed
@@ -42,6 +42,13 @@ def test_only_some_slow_samples_are_noise():
         for r in table(2.6)
     ]
     assert not changes(table(2.0), slow)[0].slower(0.15)
+
+
+def test_times_of_a_busy_machine_are_not_judged(tmp_path, capsys):
+    busy = [dataclasses.replace(row, note=f"{BUSY_NOTE}: lost") for row in table(4.0)]
+    paths = files(tmp_path, table(2.0), busy)
+    assert main(["--compare", *paths]) == 0
+    assert "note: 1 times were taken on a busy machine and are not judged" in capsys.readouterr().out
 
 
 def test_memory_counts_without_peers(tmp_path, capsys):
