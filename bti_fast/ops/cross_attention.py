@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from bti_fast.reference.numerics import accumulate_dtype
 
 HEAD_DIMS = (16, 32, 64, 128)  # of the compiled kernels
 MOST_CLASS_TOKENS = 256
+SHARED_MEMORY = 163 * 1024  # bytes a block of threads must be able to have: sm_80, sm_90, sm_100
 
 
 class CrossAttention(NamedTuple):
@@ -69,6 +71,22 @@ def _limits(q, k, v_q, v_k, *rest) -> str | None:
     return narrower_than_float64(q)
 
 
+def _cuda_limits(q, *rest) -> str | None:
+    """The compiled kernels' limits, and GPUs on which they would not fit."""
+    return _limits(q, *rest) or _too_small(str(q.device))
+
+
+@cache
+def _too_small(device: str) -> str | None:
+    """Why a CUDA device cannot run the CUDA kernels of cross_attention, or None."""
+    properties = torch.cuda.get_device_properties(device)
+    shared = properties.shared_memory_per_block_optin
+    if shared >= SHARED_MEMORY:
+        return None
+    has = f"{properties.name} has {shared} bytes of shared memory for a block"
+    return f"{has}, the fused kernel needs {SHARED_MEMORY}"
+
+
 OPERATOR = Operator(
     name="cross_attention",
     schema="(Tensor q, Tensor k, Tensor v_q, Tensor v_k, Tensor? q_mask, Tensor? k_mask, float scale)"
@@ -85,6 +103,7 @@ OPERATOR = Operator(
 )
 OPERATOR.add(reference_backend(*_in_layout(reference, reference_backward)))
 OPERATOR.add(compiled_backend("cpu", "cross_attention", _limits))
+OPERATOR.add(compiled_backend("cuda", "cross_attention", _cuda_limits))
 OPERATOR.add(Backend("sdpa", no_limits, *_in_layout(sdpa_cross_attention, sdpa_cross_attention_backward)))
 
 

@@ -2,11 +2,7 @@
 // sum of e^(score - peak), and whatever was accumulated with the same weights.
 #pragma once
 
-#if defined(__CUDACC__)
-#define BTI_FAST_SOFTMAX __host__ __device__ __forceinline__
-#else
-#define BTI_FAST_SOFTMAX inline __attribute__((always_inline))
-#endif
+#include "common/host_device.h"
 
 namespace bti_fast {
 
@@ -15,31 +11,31 @@ constexpr float kNothing = -__builtin_inff();  // peak, and log-sum-exp, of no t
 
 // A peak that can be subtracted: where there are no terms, or only terms of weight zero, any finite one will do.
 template <typename S>
-BTI_FAST_SOFTMAX S softmax_shift(S peak) {
+BTI_FAST_HD S softmax_shift(S peak) {
   return peak == -__builtin_inff() ? S(0) : peak;
 }
 
 // The peak of two parts together. A NaN among the terms shows in the sums, so a peak may ignore it.
 template <typename S>
-BTI_FAST_SOFTMAX S softmax_peak(S one, S two) {
+BTI_FAST_HD S softmax_peak(S one, S two) {
   return one > two ? one : two;
 }
 
 // Weight of a part with this peak within a whole whose peak is `total`; Exp is the caller's e^x for x <= 0.
 template <typename S, typename Exp>
-BTI_FAST_SOFTMAX S softmax_weight(S peak, S total, Exp exp) {
+BTI_FAST_HD S softmax_weight(S peak, S total, Exp exp) {
   return peak == -__builtin_inff() ? S(0) : exp(peak - softmax_shift(total));
 }
 
 // 1 / sum, and 0 where there was nothing to sum: such a row attends to nothing and gives zeros.
 template <typename S>
-BTI_FAST_SOFTMAX S softmax_inverse(S sum) {
+BTI_FAST_HD S softmax_inverse(S sum) {
   return sum == S(0) ? S(0) : S(1) / sum;
 }
 
 // Gradient of one score from one direction: p (dp - mean), mean = sum of p dp over the direction's softmax.
 template <typename V>
-BTI_FAST_SOFTMAX V softmax_gradient(V p, V dp, V mean) {
+BTI_FAST_HD V softmax_gradient(V p, V dp, V mean) {
   return p * (dp - mean);
 }
 

@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define BTI_FAST_HD __host__ __device__ __forceinline__
-#else
-#define BTI_FAST_HD inline __attribute__((always_inline))
-#endif
+#include "common/host_device.h"
 
 namespace bti_fast {
 

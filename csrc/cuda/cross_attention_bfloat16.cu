@@ -1,0 +1,4 @@
+// cross_attention's kernels for bfloat16.
+#include "cuda/cross_attention_launch.cuh"
+
+template struct bti_fast::CrossLauncher<bti_fast::Dtype::bfloat16>;
