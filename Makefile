@@ -31,7 +31,7 @@ lint: $(VENV)/.test
 benchmark: $(VENV)/.train
 	$(BIN)/bti-fast benchmark --threads $(THREADS)
 
-# What the compilers make of the Triton kernels for sm_80, sm_90, sm_100 and gfx942; needs no GPU.
+# What the compilers make of the Triton and (with nvcc) CUDA kernels for sm_80, sm_90, sm_100, gfx942; needs no GPU.
 kernel-report: $(VENV)/.test
 	$(BIN)/python benchmarks/kernel_report.py
 

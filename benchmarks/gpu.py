@@ -5,7 +5,8 @@
 
 Steps: contract (the operators' contract tests on CUDA tensors), memcheck and racecheck (compute-sanitizer on
 a small case), graphs (capture and replay), operators-1 to operators-4 (speed at one level each, cold L2),
-small-batch (batch 8 under CUDA graphs), network (a training step of BTINet with and without interactions).
+attention (cross_attention against pinned SDPA backends), small-batch (batch 8 under CUDA graphs), network (a
+training step of BTINet with and without interactions).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ STEPS = (
     "operators-2",
     "operators-3",
     "operators-4",
+    "attention",
     "small-batch",
     "network",
 )
@@ -67,14 +69,20 @@ def device() -> dict:
 
 
 def small_case() -> None:
-    """Both operators, forward and backward, on tensors that a sanitizer gets through."""
-    from benchmarks import gpu_timing
+    """Every fused operator, forward and backward, on tensors that a sanitizer gets through."""
+    import torch
+
+    from benchmarks import gpu_attention, gpu_timing
 
     for fmt in gpu_timing.FORMATS.values():
         for made in (gpu_timing.fusion, gpu_timing.interaction):
             call, inputs, constant = made(2, 16, 13, fmt)
             gpu_timing.forward_backward(call, inputs, constant)()
-    import torch
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for layout in ("tokens", "maps"):
+            for m in (1, 40, 200):  # every variant of the kernels at 64 channels
+                inputs = [value.to(dtype) for value in gpu_attention.inputs(m, layout, batch=1, n=300)]
+                gpu_timing.forward_backward(gpu_attention.fused, inputs, ())()
 
     torch.cuda.synchronize()
 
@@ -98,6 +106,10 @@ def run_inside(step: str) -> dict:
         return gpu_timing.graphs()
     if step.startswith("operators-"):
         return gpu_timing.operators(int(step[-1]) - 1)
+    if step == "attention":
+        from benchmarks import gpu_attention
+
+        return gpu_attention.attention()
     return gpu_timing.small_batch() if step == "small-batch" else gpu_timing.network()
 
 

@@ -172,24 +172,30 @@ def _show(row: dict) -> None:
 
 
 def graphs() -> dict:
-    """Captures both operators, replays them on new numbers, and compares with a plain call, bit for bit."""
-    for name, made in MADE.items():
-        for fmt in FORMATS.values():
-            call, inputs, constant = made(4, 48, 28, fmt)
-            plain = forward_backward(call, inputs, constant)
-            kept: list = []
+    """Captures every fused operator, replays it on new numbers, compares with a plain call bit for bit."""
+    from benchmarks import gpu_attention
 
-            def run(plain=plain, kept=kept):
-                kept[:] = plain()
+    cases = {
+        (name, layout): made(4, 48, 28, fmt) for name, made in MADE.items() for layout, fmt in FORMATS.items()
+    }
+    for m in (1, 64, 256):
+        tokens = gpu_attention.inputs(m, batch=2, n=3136)
+        cases["cross_attention", f"M={m}"] = (gpu_attention.fused, tokens, ())
+    for (name, kind), (call, inputs, constant) in cases.items():
+        plain = forward_backward(call, inputs, constant)
+        kept: list = []
 
-            replay = captured(run)
-            with torch.no_grad():
-                inputs[0].copy_(torch.randn_like(inputs[0]))
-            replay()
-            got = [value.clone() for value in kept]
-            for one, two in zip(got, plain(), strict=True):
-                if not torch.equal(one, two):
-                    raise AssertionError(f"{name}: a replayed graph differs from a call")
+        def run(plain=plain, kept=kept):
+            kept[:] = plain()
+
+        replay = captured(run)
+        with torch.no_grad():
+            inputs[0].copy_(torch.randn_like(inputs[0]))
+        replay()
+        got = [value.clone() for value in kept]
+        for one, two in zip(got, plain(), strict=True):
+            if not torch.equal(one, two):
+                raise AssertionError(f"{name}, {kind}: a replayed graph differs from a call")
     return {}
 
 

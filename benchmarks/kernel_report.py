@@ -1,10 +1,11 @@
-"""Compile the Triton kernels ahead of time, without a GPU, and report what the compilers made of them.
+"""Compile the GPU kernels ahead of time, without a GPU, and report what the compilers made of them.
 
     python benchmarks/kernel_report.py [--json FILE] [--operator NAME] [--specimen REGEX] [--target sm_90]
 
-The launchers run on meta tensors with the launch itself intercepted, so what is compiled is exactly what they
-would launch. Exit status 1 where a kernel spills, exceeds the chip's shared memory, or lacks the 16-byte
-loads that its specimen promises.
+Triton: the launchers run on meta tensors with the launch itself intercepted, so what is compiled is exactly
+what they would launch. cross_attention is CUDA C++ and needs nvcc: every variant is compiled, and a specimen
+is a dtype with a variant. Exit status 1 where a kernel spills, exceeds the chip's shared memory, lacks the
+16-byte loads that its specimen promises, or tensor cores where it multiplies.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from triton.runtime import jit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import cuda_report  # noqa: E402
 from benchmarks.kernel_specimens import SPECIMENS, Specimen  # noqa: E402
 
 TARGETS = {
@@ -163,6 +165,48 @@ def report(
     return rows
 
 
+def cuda_rows(target: str, specimens: str = "", kernels: str = "") -> list[Row]:
+    """Compile cross_attention for a target; nothing for AMD's. `specimens` picks dtypes, `kernels` sweeps."""
+    rows = []
+    for dtype in cuda_report.DTYPES:
+        if not target.startswith("sm_") or not re.search(specimens, dtype):
+            continue
+        size = 4 if dtype == "float32" else 2
+        for made in cuda_report.kernels(dtype, target):
+            # The one variant that needs more than sm_80 has is not launched there.
+            unused = made.shared > SHARED_LIMIT[target] and target == "sm_80"
+            if unused or not re.search(kernels, made.sweep):
+                continue
+            problem = None
+            if made.spills:
+                problem = "spills registers"
+            elif made.shared > SHARED_LIMIT[target]:
+                problem = f"needs {made.shared} bytes of shared memory, the chip has {SHARED_LIMIT[target]}"
+            elif made.class_tokens and not made.tensor_cores:
+                problem = "no tensor cores"
+            elif made.class_tokens and not made.wide_loads:
+                problem = "no 16-byte loads"
+            moved = {"forward": 3, "backward": 6}.get(made.sweep, 0)  # tensors like q, read or written
+            share = occupancy(target, made.warps, made.registers, made.shared)
+            rows.append(
+                Row(
+                    "cross_attention",
+                    f"{dtype} {made.variant}".strip(),
+                    made.sweep,
+                    target,
+                    made.registers,
+                    made.spills,
+                    made.shared,
+                    made.wide_loads,
+                    made.tensor_cores,
+                    share,
+                    moved * size,
+                    problem,
+                )
+            )
+    return rows
+
+
 def _row(specimen: Specimen, kernel, args, kwargs, target: str) -> Row:
     compiled = compile_launch(kernel, args, kwargs, TARGETS[target])
     if "cubin" in compiled.asm:
@@ -200,18 +244,27 @@ def _row(specimen: Specimen, kernel, args, kwargs, target: str) -> Row:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
-    parser.add_argument("--operator", action="append", choices=list(SPECIMENS))
+    parser.add_argument("--operator", action="append", choices=[*SPECIMENS, "cross_attention"])
     parser.add_argument("--specimen", default="", help="regular expression that names of specimens match")
     parser.add_argument("--kernel", default="", help="regular expression that names of kernels match")
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     chosen = parser.parse_args(arguments)
-    rows = report(chosen.operator, chosen.target, chosen.specimen, chosen.kernel)
-    header = f"{'operator':20} {'specimen':32} {'kernel':16} {'target':7}"
+    operators = chosen.operator or [*SPECIMENS, "cross_attention"]
+    rows = []
+    if triton_ones := [name for name in operators if name in SPECIMENS]:
+        rows += report(triton_ones, chosen.target, chosen.specimen, chosen.kernel)
+    if "cross_attention" in operators:
+        if cuda_report.nvcc():
+            for target in chosen.target or TARGETS:
+                rows += cuda_rows(target, chosen.specimen, chosen.kernel)
+        else:
+            print("cross_attention: not compiled, there is no nvcc (PATH, /usr/local/cuda, CUDACXX)")
+    header = f"{'operator':20} {'specimen':40} {'kernel':16} {'target':7}"
     print(f"{header} {'reg':>4} {'spill':>5} {'shared':>7} {'16B':>4} {'mma':>4} {'occ':>4} {'B/elem':>6}")
     for r in rows:
         numbers = f"{r.registers:4} {r.spills:5} {r.shared:7} {r.wide_loads:4} {r.tensor_cores:4}"
         bounds = f"{r.occupancy:4.0%} {r.bytes:6.2f}"
-        name = f"{r.operator:20} {r.specimen:32} {r.kernel:16} {r.target:7}"
+        name = f"{r.operator:20} {r.specimen:40} {r.kernel:16} {r.target:7}"
         print(f"{name} {numbers} {bounds}  {r.problem or ''}")
     if chosen.json:
         chosen.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
