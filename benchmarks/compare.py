@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bti_fast.errors import UserError
 
-from .rows import BUSY_NOTE, EXTRA, PEAK, TIME, Row, geometric_mean, together
+from .rows import EXTRA, PEAK, TIME, Row, geometric_mean, together
 
 MEMORY_SLACK = 0.1  # megabytes that are nobody's loss
 
@@ -27,7 +27,7 @@ class Change:
     @property
     def busy(self) -> bool:
         """One of the two times was taken while others used the processors."""
-        return self.new.metric == TIME and any(r.note.startswith(BUSY_NOTE) for r in (self.old, self.new))
+        return self.old.busy or self.new.busy
 
     def slower(self, threshold: float) -> bool:
         """True beyond the threshold, such as 0.15, for the median and for the fast fifth of the samples.

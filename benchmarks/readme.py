@@ -52,6 +52,8 @@ def section(results: Path = RESULTS) -> str:
 
 
 def _device(name: str, rows: Sequence[Row]) -> str:
+    """One device's figures; times that were taken while others used it are left out."""
+    rows = [row for row in rows if not row.busy]
     times = [row for row in rows if row.metric == TIME]
     dates = sorted(row.date[:10] for row in times)
     first = times[0]

@@ -65,6 +65,11 @@ class Row:
         return *self.case, self.provider, self.metric
 
     @property
+    def busy(self) -> bool:
+        """A time that was taken while others used the processors."""
+        return self.metric == TIME and self.note.startswith(BUSY_NOTE)
+
+    @property
     def ours(self) -> bool:
         """Measured on this package, not on a peer."""
         return self.provider.split(":")[0] == "bti_fast"

@@ -38,10 +38,19 @@ def exponent(points: Iterable[tuple[float, float]]) -> float:
 
 
 def fits(rows: Iterable[Row]) -> list[Fit]:
-    """One fit for each kernel, provider, mode, metric (time, peak memory) and sweep of two sizes or more."""
+    """One fit for each kernel, provider, mode, metric (time, peak memory) and sweep of two sizes or more.
+
+    Times of a busy machine are left out.
+    """
     series = defaultdict(dict)
     for row in rows:
-        if row.x and row.metric in (TIME, PEAK) and row.p50 and row.group.startswith("sweep"):
+        if (
+            row.x
+            and row.metric in (TIME, PEAK)
+            and row.p50
+            and row.group.startswith("sweep")
+            and not row.busy
+        ):
             series[row.kernel, row.provider, row.mode, row.metric, row.group][row.x] = row.p50
     return [
         Fit(*key, exponent(points.items()), tuple(sorted(points.items())))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .rows import BUSY_NOTE, EXTRA, MACHINE, PEAK, SKIPPED, TIME, Gain, Loss, Row, gains, losses
+from .rows import EXTRA, MACHINE, PEAK, SKIPPED, TIME, Gain, Loss, Row, gains, losses
 from .scaling import Fit, fits
 from .whole_network import shares
 
@@ -115,7 +115,7 @@ def _machine(rows: list[Row]) -> list[str]:
 def busy(rows: list[Row]) -> list[str]:
     """A warning where cases were timed on a busy machine."""
     times = [row for row in rows if row.metric == TIME]
-    found = {row.case for row in times if row.note.startswith(BUSY_NOTE)}
+    found = {row.case for row in times if row.busy}
     if not found:
         return []
     every = len({row.case for row in times})
