@@ -87,7 +87,7 @@ def _measure(options: argparse.Namespace, interaction: str, mode: str, provider:
     image = torch.rand(options.batch, 3, options.size, options.size)
     mask = (torch.rand(options.batch, 1, options.size, options.size) > 0.9).float()
     label = torch.arange(options.batch) % 3
-    optimizer = None if mode == "inference" else torch.optim.Adam(model.parameters(), 1e-4)
+    optimizer = None if mode == "inference" else torch.optim.Adam(model.parameters(), 1e-4, fused=True)
     forward = torch.compile(model) if provider == "compile" else model
 
     def inference() -> None:
