@@ -135,7 +135,7 @@ def _scaling(rows: Sequence[Row]) -> str:
     for fit in fits(rows):
         groups[fit.group, fit.mode, fit.metric].append(fit)
     drawings = [
-        svg(plots.scaling(found, f"{group.removeprefix('sweep ').capitalize()}, {mode}", metric))
+        svg(plots.scaling(found, f"{group}, {mode}", metric))
         for (group, mode, metric), found in groups.items()
     ]
     if not drawings:
