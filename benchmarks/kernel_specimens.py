@@ -99,17 +99,23 @@ def _fusion_pair(kernels, name: str, x: Tensor, classes: int, wide: bool) -> lis
 
 def task_interaction_specimens() -> list[Specimen]:
     kernels = importlib.import_module("bti_fast.kernels.task_interaction")
-    algebra = importlib.import_module("bti_fast.kernels.gate_algebra").gate_algebra
+    forward = importlib.import_module("bti_fast.kernels.gate_algebra").gate_algebra
+    backward = importlib.import_module("bti_fast.kernels.gate_algebra_backward").gate_algebra_backward
     made = []
     for channels, _ in LEVELS.values():
         inputs = meta(BATCH, channels + channels // 2 + 1), meta(BATCH, 256), _vectors(channels), 0.7
-        call = lambda inputs=inputs: algebra(*inputs)  # noqa: E731
-        made.append(Specimen("task_interaction", f"gates C={channels}", call))
+        grads = meta(BATCH, channels), meta(BATCH, 256), meta(BATCH, 2), meta(BATCH, 3)
+        for name, training in (("gates", False), ("gates, training", True)):
+            call = lambda inputs=inputs, training=training: forward(*inputs, training)  # noqa: E731
+            pull = lambda inputs=(*grads, *inputs), training=training: backward(*inputs, training)  # noqa: E731
+            made.append(Specimen("task_interaction", f"forward {name} C={channels}", call))
+            made.append(Specimen("task_interaction", f"backward {name} C={channels}", pull))
     for name, x, wide in maps():
         made += _interaction_pair(kernels, name, x, x.dtype, wide)
         if name == "bf16 96x56":
             made += _interaction_pair(kernels, f"{name}, fp32 W1", x, torch.float32, wide)
-    return made
+    many = meta(BATCH, 640, 56, 56, dtype=torch.bfloat16)  # more hidden channels than one chunk holds
+    return made + _interaction_pair(kernels, "bf16 640x56", many, torch.bfloat16, True)
 
 
 def _vectors(channels: int, features: int = 256) -> list[Tensor]:

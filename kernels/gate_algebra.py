@@ -1,9 +1,10 @@
-"""Triton kernel of task_interaction's gate algebra in evaluation: one launch, one program a sample. SPEC 1.3.
+"""Triton kernels of task_interaction's gate algebra: one launch in evaluation, two in training. SPEC 1.3.
 
 Between the two passes over x stand eight small products with vectors. A program computes them all for its
 sample, row blocks of a weight at a time; what a later product needs of an earlier one goes through a scratch
 row of global memory, with a barrier in between. With the batch's own statistics the samples depend on each
-other: not here.
+other, by the normalisation alone: `normalise_kernel` does it beforehand, a block of features over all samples
+by one program.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ EPS = tl.constexpr(1e-3)  # of the normalisation over the batch
 SMALLEST_SQUARE = tl.constexpr(1e-12)
 BLOCK_O = 32
 BLOCK_K = 128
+NORM_F = 16  # features of one program of the normalisation,
+NORM_B = 32  # samples of one of its products,
+NORM_K = 64  # and hidden channels
 
 
 @triton.jit
@@ -38,6 +42,78 @@ def matvec(weight, vector, o, known, ROWS: tl.constexpr, COLUMNS: tl.constexpr, 
 @triton.jit
 def vector_at(pointer, o, known):
     return tl.load(pointer + o, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def linear_relu(
+    hidden, step, fc_weight, fc_bias, b, f, BATCH, FEATURES, HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """relu(W2 q + b2) of samples b and features f, in float32; NaN stays."""
+    total = tl.zeros([b.shape[0], f.shape[0]], tl.float32)
+    for start in range(0, HIDDEN, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a_mask = (b < BATCH)[:, None] & (k < HIDDEN)[None, :]
+        w_mask = (f < FEATURES)[None, :] & (k < HIDDEN)[:, None]
+        a = tl.load(hidden + b[:, None] * step + k[None, :], mask=a_mask, other=0.0)
+        w = tl.load(fc_weight + f[None, :] * HIDDEN + k[:, None], mask=w_mask, other=0.0).to(tl.float32)
+        total = tl.dot(a, w, total, input_precision="ieee")
+    total += vector_at(fc_bias, f, f < FEATURES)[None, :]
+    return tl.where(total < 0, 0.0, total)
+
+
+@triton.jit
+def normalise_kernel(
+    summary,  # (B, C + H + 1) float32
+    fc_weight,  # (F, H); all weights contiguous
+    fc_bias,
+    bn_weight,
+    bn_bias,
+    active,  # (B, F) float32: relu(W2 q + b2)
+    context,  # (B, F) float32, rows context_step apart
+    mean_out,  # (F,) float32
+    var_out,  # (F,) float32, unbiased
+    deviation_out,  # (F,) float32: what was divided by
+    batch,
+    context_step,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    FEATURES: tl.constexpr,
+    SAMPLES: tl.constexpr,  # power of two, at least batch
+    BLOCK_F: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    known = f < FEATURES
+    step: tl.constexpr = CHANNELS + HIDDEN + 1
+    total = tl.zeros([BLOCK_F], tl.float32)
+    for start in range(0, SAMPLES, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B).to(tl.int64)
+        mask = (b < batch)[:, None] & known[None, :]
+        a = linear_relu(summary + CHANNELS, step, fc_weight, fc_bias, b, f, batch, FEATURES, HIDDEN, BLOCK_K)
+        tl.store(active + b[:, None] * FEATURES + f[None, :], a, mask)
+        total += tl.sum(tl.where(mask, a, 0.0), 0)
+    mean = total / batch
+    tl.debug_barrier()
+    square = tl.zeros([BLOCK_F], tl.float32)
+    for start in range(0, SAMPLES, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B).to(tl.int64)
+        mask = (b < batch)[:, None] & known[None, :]
+        a = tl.load(active + b[:, None] * FEATURES + f[None, :], mask=mask, other=0.0)
+        centred = tl.where(mask, a - mean[None, :], 0.0)
+        square += tl.sum(centred * centred, 0)
+    deviation = tl.sqrt(square / batch + EPS)
+    tl.store(mean_out + f, mean, known)
+    tl.store(var_out + f, square / (batch - 1), known)
+    tl.store(deviation_out + f, deviation, known)
+    factor = vector_at(bn_weight, f, known) / deviation
+    offset = vector_at(bn_bias, f, known)
+    for start in range(0, SAMPLES, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B).to(tl.int64)
+        mask = (b < batch)[:, None] & known[None, :]
+        a = tl.load(active + b[:, None] * FEATURES + f[None, :], mask=mask, other=0.0)
+        normal = (a - mean[None, :]) * factor[None, :] + offset[None, :]
+        tl.store(context + b[:, None] * context_step + f[None, :], normal, mask)
 
 
 @triton.jit
@@ -62,17 +138,20 @@ def gate_kernel(
     gate1_bias,
     gate2_weight,  # (2, G)
     gate2_bias,
-    scratch,  # (B, 2 F + C) float32: context, y+ - y, mean of x times message
+    scratch,  # (B, 2 F + C) float32: context (there already in training), y+ - y, mean of x times message
     scale,  # (B, C) float32
     y_out,  # (B, F)
     gates,  # (B, 2) float32
     signals,  # (B, 3) float32
+    mean_out,  # (F,) float32: in evaluation, the running statistics as they were used
+    var_out,
     tau,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
     ALIGNED: tl.constexpr,
     GATE: tl.constexpr,
+    TRAINING: tl.constexpr,
     INTERPRET: tl.constexpr,
     ALL_A: tl.constexpr,  # powers of two, at least ALIGNED, FEATURES and GATE
     ALL_F: tl.constexpr,
@@ -87,15 +166,21 @@ def gate_kernel(
     change = context + FEATURES
     moved = change + FEATURES
     scale += b * CHANNELS
-    for start in range(0, FEATURES, BLOCK_O):
-        o = start + tl.arange(0, BLOCK_O)
-        known = o < FEATURES
-        active = matvec(fc_weight, mean + CHANNELS, o, known, FEATURES, HIDDEN, BLOCK_K)
-        active += vector_at(fc_bias, o, known)
-        active = tl.where(active < 0, 0.0, active)  # NaN stays
-        deviation = tl.sqrt(vector_at(bn_var, o, known) + EPS)
-        normal = (active - vector_at(bn_mean, o, known)) / deviation
-        tl.store(context + o, normal * vector_at(bn_weight, o, known) + vector_at(bn_bias, o, known), known)
+    if not TRAINING:
+        for start in range(0, FEATURES, BLOCK_O):
+            o = start + tl.arange(0, BLOCK_O)
+            known = o < FEATURES
+            active = matvec(fc_weight, mean + CHANNELS, o, known, FEATURES, HIDDEN, BLOCK_K)
+            active += vector_at(fc_bias, o, known)
+            active = tl.where(active < 0, 0.0, active)  # NaN stays
+            used_mean = vector_at(bn_mean, o, known)
+            used_var = vector_at(bn_var, o, known)
+            normal = (active - used_mean) / tl.sqrt(used_var + EPS)
+            normal = normal * vector_at(bn_weight, o, known) + vector_at(bn_bias, o, known)
+            tl.store(context + o, normal, known)
+            if b == 0:
+                tl.store(mean_out + o, used_mean, known)
+                tl.store(var_out + o, used_var, known)
     for start in range(0, CHANNELS, BLOCK_O):
         o = start + tl.arange(0, BLOCK_O)
         known = o < CHANNELS
@@ -156,35 +241,83 @@ def gate_kernel(
         tl.store(scale + k, vector_at(scale, k, k < CHANNELS) * to_seg, k < CHANNELS)
 
 
+def normalise(
+    summary: Tensor,  # (B, C + C/2 + 1) float32
+    fc_weight: Tensor,  # (F, C/2); all of them contiguous
+    fc_bias: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    context: Tensor,  # (B, F) float32, written; rows contiguous
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """relu(W2 q + b2) (B, F), the batch's mean and unbiased variance (F,), and the deviation divided by."""
+    features, hidden = fc_weight.shape
+    batch = summary.shape[0]
+    active = summary.new_empty((batch, features))
+    mean, var, deviation = (summary.new_empty((features,)) for _ in range(3))
+    normalise_kernel[(triton.cdiv(features, NORM_F),)](
+        summary,
+        fc_weight,
+        fc_bias,
+        bn_weight,
+        bn_bias,
+        active,
+        context,
+        mean,
+        var,
+        deviation,
+        batch,
+        context.stride(0),
+        CHANNELS=summary.shape[1] - hidden - 1,
+        HIDDEN=hidden,
+        FEATURES=features,
+        SAMPLES=power_of_two(batch),
+        BLOCK_F=NORM_F,
+        BLOCK_B=NORM_B,
+        BLOCK_K=NORM_K,
+        num_warps=4,
+    )
+    return active, mean, var, deviation
+
+
 def gate_algebra(
     summary: Tensor,  # (B, C + C/2 + 1) float32
     y: Tensor,  # (B, F)
     weights: list[Tensor],  # of task_interaction, without W1 and b1
     tau: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scale (B, C) float32 of x' = x (1 + scale), y' (B, F) in y's dtype, gates (B, 2) and signals (B, 3)."""
+    training: bool,
+) -> tuple[Tensor, ...]:
+    """scale (B, C) float32 of x' = x (1 + scale), y' (B, F) in y's dtype, gates (B, 2) and signals (B, 3);
+    mean and variance (F,) float32: of evaluation the running ones, of training the batch's, unbiased."""
     batch, features = y.shape
+    weights = [value.contiguous() for value in weights]
     fc_weight, seg_proj, gate1 = weights[0], weights[12], weights[14]
     channels, hidden = seg_proj.shape[1], fc_weight.shape[1]
     scale = summary.new_empty((batch, channels))
     scratch = summary.new_empty((batch, 2 * features + channels))
     y_out = torch.empty((batch, features), dtype=y.dtype, device=y.device)
     gates, signals = summary.new_empty((batch, 2)), summary.new_empty((batch, 3))
+    if training:
+        _, mean, var, _ = normalise(summary, *weights[:4], scratch[:, :features])
+    else:
+        mean, var = summary.new_empty((features,)), summary.new_empty((features,))
     gate_kernel[(batch,)](
         summary,
         y.contiguous(),
-        *[value.contiguous() for value in weights],
+        *weights,
         scratch,
         scale,
         y_out,
         gates,
         signals,
+        mean,
+        var,
         tau,
         CHANNELS=channels,
         HIDDEN=hidden,
         FEATURES=features,
         ALIGNED=seg_proj.shape[0],
         GATE=gate1.shape[0],
+        TRAINING=training,
         INTERPRET=interpreted(gate_kernel),
         ALL_A=power_of_two(seg_proj.shape[0]),
         ALL_F=power_of_two(features),
@@ -193,4 +326,4 @@ def gate_algebra(
         BLOCK_K=BLOCK_K,
         num_warps=4,  # with 8, some compilers keep to 64 registers and spill
     )
-    return scale, y_out, gates, signals
+    return scale, y_out, gates, signals, mean, var

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autotune import tile_for
 from .entropy_uncertainty import log1p, softmax_sums
+from .launch import Tile, tile_shape
 from .tiles import (
     INT32_OFFSETS,
     LAST,
@@ -26,7 +28,6 @@ from .tiles import (
     narrow,
     positions_of,
     power_of_two,
-    tile_shape,
 )
 
 FLOOR = tl.constexpr(1e-3)  # of the pooling weights, so that total ignorance still pools
@@ -378,6 +379,7 @@ def gated_fusion(
     cls_uncertainty: Tensor,  # (B,)
     coeffs: Tensor,  # (3,)
     tau: float,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x' like x; pooled (B, C), mean uncertainty (B,) and uncertainty (B, *spatial) in float32."""
     batch, channels = x.shape[:2]
@@ -388,7 +390,10 @@ def gated_fusion(
         nothing = torch.full((batch, channels + 1), math.nan, dtype=torch.float32, device=x.device)
         return x_out, nothing[:, :channels].contiguous(), nothing[:, channels].contiguous(), u
     size2, size3, (mx, ml, mo) = maps_of([(x, True), (seg_logits, True), (x_out, True)])
-    block_c, block_p = tile_shape(x, mx.format == LAST.value, elements=4096)
+    if tile is None:
+        inputs = x, seg_logits, prior, cls_uncertainty, coeffs, tau
+        tile = tile_for("gated_fusion", x, mx.format, lambda tile: gated_fusion(*inputs, tile))
+    block_c, block_p = tile_shape(x, mx.format == LAST.value, tile.elements)
     tiles = triton.cdiv(positions, block_p)
     classes = seg_logits.shape[1]
     pooled = x.new_empty((batch, channels), dtype=torch.float32)
@@ -427,7 +432,7 @@ def gated_fusion(
         INTERPRET=interpreted(forward_kernel),
         BLOCK_C=block_c,
         BLOCK_P=block_p,
-        num_warps=4,
+        num_warps=tile.warps,
     )
     forward_finish_kernel[(batch * triton.cdiv(channels, REDUCE_C),)](
         partial,
@@ -457,6 +462,7 @@ def gated_fusion_backward(
     pooled: Tensor,  # (B, C), of the forward pass
     mean_uncertainty: Tensor,  # (B,), of the forward pass
     tau: float,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, seg_logits, prior, cls_uncertainty and coeffs, each like its tensor."""
     batch, channels = x.shape[:2]
@@ -469,7 +475,12 @@ def gated_fusion_backward(
     prior, cls_uncertainty, coeffs = (value.contiguous() for value in small)
     maps = [(grad_x_out, True), (grad_u, False), (x, True), (seg_logits, True), (grad_x, True)]
     size2, size3, (mg, mu, mx, ml, mo, mm) = maps_of([*maps, (grad_logits, True)])
-    block_c, block_p = tile_shape(x, mx.format == LAST.value, elements=2048)
+    if tile is None:
+        grads = grad_x_out, grad_pooled, grad_mean, grad_u
+        saved = x, seg_logits, prior, cls_uncertainty, coeffs, pooled, mean_uncertainty, tau
+        run = lambda tile: gated_fusion_backward(*grads, *saved, tile)  # noqa: E731
+        tile = tile_for("gated_fusion_backward", x, mx.format, run)
+    block_c, block_p = tile_shape(x, mx.format == LAST.value, tile.elements)
     tiles = triton.cdiv(positions, block_p)
     classes = seg_logits.shape[1]
     partial = x.new_empty((batch, tiles, channels), dtype=torch.float32)
@@ -527,7 +538,7 @@ def gated_fusion_backward(
         INTERPRET=interpreted(backward_kernel),
         BLOCK_C=block_c,
         BLOCK_P=block_p,
-        num_warps=8,
+        num_warps=tile.warps,
     )
     backward_finish_kernel[(batch * triton.cdiv(channels, REDUCE_C) + 1,)](
         partial,

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles as launching
+from .autotune import tile_for
+from .launch import Tile, dot_shape, gradient_shape, tile_shape
 from .tiles import (
-    ANY,
     INT32_OFFSETS,
     LAST,
     divisor,
@@ -27,11 +28,9 @@ from .tiles import (
     narrow,
     positions_of,
     power_of_two,
-    tile_shape,
 )
 
 SMALLEST_ROWS = 8  # below, the total variation is zero by definition
-MAX_HIDDEN = 256  # rows of W1 whose products with one tile fit into registers
 
 
 @triton.jit
@@ -92,6 +91,7 @@ def statistics_kernel(
     edge,  # first position of the last row of a 2D map, divided by EDGE_ALIGN
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of BLOCK_H hidden channels; the tile of x is read again for each, out of a cache
     AXES: tl.constexpr,  # spatial axes; 0 leaves the differences out
     X_FORMAT: tl.constexpr,
     X_ALIGN: tl.constexpr,
@@ -111,8 +111,6 @@ def statistics_kernel(
     positions = positions * P_ALIGN
     p = (program % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < positions
-    h = tl.arange(0, BLOCK_H)
-    known_h = h < HIDDEN
     row = partial + program * (CHANNELS + HIDDEN + 1)
     right = inside & (p % columns < columns - 1)
     if AXES == 2:
@@ -121,42 +119,50 @@ def statistics_kernel(
         below = inside & ((p // columns) % rows < rows - 1)
     behind = p < positions - rows * columns
 
-    hidden = tl.zeros([BLOCK_H, BLOCK_P], tl.float32)
     variation = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(0, CHANNELS, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        known = c < CHANNELS
-        at = map_offsets(b, c[:, None], p[None, :], size2, size3, xb, xc, x1, x2, x3, X_FORMAT, X_ALIGN)
-        v = tl.load(x + at, mask=known[:, None] & inside[None, :], other=0.0)
-        w_mask = known_h[:, None] & known[None, :]
-        w = tl.load(weight + h[:, None] * CHANNELS + c[None, :], mask=w_mask, other=0.0)
-        hidden = hidden_product(w, v, hidden, PRECISION, INTERPRET)
-        value = v.to(tl.float32)
-        tl.store(row + c, tl.sum(value, 1), mask=known)
-        if AXES > 0:
-            steps = tl.abs(difference(x, at, step3, value, known[:, None] & right[None, :]))
-            if AXES > 1:
-                mask = known[:, None] & below[None, :]
-                steps += tl.abs(difference(x, at, step2 * EDGE_ALIGN, value, mask))
-            if AXES > 2:
-                steps += tl.abs(difference(x, at, step1, value, known[:, None] & behind[None, :]))
-            variation += tl.sum(steps, 1)
-    hidden += tl.load(bias + h, mask=known_h, other=0.0).to(tl.float32)[:, None]
-    hidden = tl.where(hidden < 0, 0.0, hidden)  # NaN stays
-    hidden = tl.where(inside[None, :], hidden, 0.0)
-    tl.store(row + CHANNELS + h, tl.sum(hidden, 1), mask=known_h)
+    for chunk in tl.static_range(CHUNKS):
+        h = chunk * BLOCK_H + tl.arange(0, BLOCK_H)
+        known_h = h < HIDDEN
+        hidden = tl.zeros([BLOCK_H, BLOCK_P], tl.float32)
+        for start in range(0, CHANNELS, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            known = c < CHANNELS
+            at = map_offsets(b, c[:, None], p[None, :], size2, size3, xb, xc, x1, x2, x3, X_FORMAT, X_ALIGN)
+            v = tl.load(x + at, mask=known[:, None] & inside[None, :], other=0.0)
+            w_mask = known_h[:, None] & known[None, :]
+            w = tl.load(weight + h[:, None] * CHANNELS + c[None, :], mask=w_mask, other=0.0)
+            hidden = hidden_product(w, v, hidden, PRECISION, INTERPRET)
+            if chunk == 0:
+                value = v.to(tl.float32)
+                tl.store(row + c, tl.sum(value, 1), mask=known)
+                if AXES > 0:
+                    steps = tl.abs(difference(x, at, step3, value, known[:, None] & right[None, :]))
+                    if AXES > 1:
+                        mask = known[:, None] & below[None, :]
+                        steps += tl.abs(difference(x, at, step2 * EDGE_ALIGN, value, mask))
+                    if AXES > 2:
+                        mask = known[:, None] & behind[None, :]
+                        steps += tl.abs(difference(x, at, step1, value, mask))
+                    variation += tl.sum(steps, 1)
+        hidden += tl.load(bias + h, mask=known_h, other=0.0).to(tl.float32)[:, None]
+        hidden = tl.where(hidden < 0, 0.0, hidden)  # NaN stays
+        hidden = tl.where(inside[None, :], hidden, 0.0)
+        tl.store(row + CHANNELS + h, tl.sum(hidden, 1), mask=known_h)
     tl.store(row + CHANNELS + HIDDEN, tl.sum(variation, 0))
 
 
 @triton.jit
 def sum_rows_kernel(
     partial,  # (B, rows, columns) float32
-    out,  # (B, columns) float32
+    out,  # (B, head): the first columns
+    tail,  # (B, columns - head): the others
     rows,
     columns,
+    head,
     scale,
     last_scale,  # of the last column
     blocks,  # programs for each b
+    INTERPRET: tl.constexpr,
     ROWS: tl.constexpr,  # power of two, at least rows
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -170,7 +176,11 @@ def sum_rows_kernel(
         mask = (r < rows)[:, None] & known[None, :]
         total += tl.load(partial + (b * rows + r[:, None]) * columns + c[None, :], mask=mask, other=0.0)
     factor = tl.where(c == columns - 1, last_scale, scale)
-    tl.store(out + b * columns + c, tl.sum(total, 0) * factor, mask=known)
+    total = tl.sum(total, 0) * factor
+    tl.store(out + b * head + c, narrow(total, out.dtype.element_ty, INTERPRET), mask=c < head)
+    behind = known & (c >= head)
+    at = tail + b * (columns - head) + (c - head)
+    tl.store(at, narrow(total, tail.dtype.element_ty, INTERPRET), mask=behind)
 
 
 @triton.jit
@@ -250,6 +260,7 @@ def reduce_gradient_kernel(
     x3,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of BLOCK_H hidden channels
     G_FORMAT: tl.constexpr,
     G_ALIGN: tl.constexpr,
     X_FORMAT: tl.constexpr,
@@ -270,28 +281,32 @@ def reduce_gradient_kernel(
     tile = program % tiles
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < positions * P_ALIGN
-    h = tl.arange(0, BLOCK_H)
-    known_h = h < HIDDEN
-    hidden = tl.zeros([BLOCK_H, BLOCK_P], tl.float32)
-    for start in range(0, CHANNELS, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        known = c < CHANNELS
-        mask = known[:, None] & inside[None, :]
-        at = map_offsets(b, c[:, None], p[None, :], size2, size3, xb, xc, x1, x2, x3, X_FORMAT, X_ALIGN)
-        grad_at = map_offsets(b, c[:, None], p[None, :], size2, size3, gb, gc, g1, g2, g3, G_FORMAT, G_ALIGN)
-        v = tl.load(x + at, mask=mask, other=0.0)
-        w_mask = known_h[:, None] & known[None, :]
-        w = tl.load(weight + h[:, None] * CHANNELS + c[None, :], mask=w_mask, other=0.0)
-        hidden = hidden_product(w, v, hidden, PRECISION, INTERPRET)
-        g = tl.load(grad + grad_at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(partial + program * CHANNELS + c, tl.sum(g * v.to(tl.float32), 1), mask=known)
-    hidden += tl.load(bias + h, mask=known_h, other=0.0).to(tl.float32)[:, None]
-    bits = tl.where((hidden > 0) & inside[None, :], 1, 0)
-    bits = tl.reshape(bits, [BLOCK_H, WORDS, 32]) << tl.arange(0, 32)[None, None, :]
-    words = tl.sum(bits, 2)
     word = tile * WORDS + tl.arange(0, WORDS)
-    to = (b * HIDDEN + h[:, None]) * (tiles * WORDS) + word[None, :]
-    tl.store(signs + to, words, mask=known_h[:, None])
+    for chunk in tl.static_range(CHUNKS):
+        h = chunk * BLOCK_H + tl.arange(0, BLOCK_H)
+        known_h = h < HIDDEN
+        hidden = tl.zeros([BLOCK_H, BLOCK_P], tl.float32)
+        for start in range(0, CHANNELS, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            known = c < CHANNELS
+            mask = known[:, None] & inside[None, :]
+            at = map_offsets(b, c[:, None], p[None, :], size2, size3, xb, xc, x1, x2, x3, X_FORMAT, X_ALIGN)
+            v = tl.load(x + at, mask=mask, other=0.0)
+            w_mask = known_h[:, None] & known[None, :]
+            w = tl.load(weight + h[:, None] * CHANNELS + c[None, :], mask=w_mask, other=0.0)
+            hidden = hidden_product(w, v, hidden, PRECISION, INTERPRET)
+            if chunk == 0:
+                grad_at = map_offsets(
+                    b, c[:, None], p[None, :], size2, size3, gb, gc, g1, g2, g3, G_FORMAT, G_ALIGN
+                )
+                g = tl.load(grad + grad_at, mask=mask, other=0.0).to(tl.float32)
+                tl.store(partial + program * CHANNELS + c, tl.sum(g * v.to(tl.float32), 1), mask=known)
+        hidden += tl.load(bias + h, mask=known_h, other=0.0).to(tl.float32)[:, None]
+        bits = tl.where((hidden > 0) & inside[None, :], 1, 0)
+        bits = tl.reshape(bits, [BLOCK_H, WORDS, 32]) << tl.arange(0, 32)[None, None, :]
+        words = tl.sum(bits, 2)
+        to = (b * HIDDEN + h[:, None]) * (tiles * WORDS) + word[None, :]
+        tl.store(signs + to, words, mask=known_h[:, None])
 
 
 @triton.jit
@@ -303,7 +318,7 @@ def input_gradient_kernel(
     scale,  # (B, C) float32, contiguous
     summary_grad,  # (B, C + H + 1) float32, contiguous: gradients of the means and of the scene complexity
     grad_x,  # (B, C, P)
-    partial,  # (splits, H, C + 1) float32: gradients of W1 and b1
+    partial,  # (splits, H C + H) float32: gradients of W1 and b1
     positions,  # P / P_ALIGN
     tiles,
     every,  # B * tiles
@@ -438,10 +453,11 @@ def input_gradient_kernel(
         item += splits
     h = chunk * BLOCK_H + tl.arange(0, BLOCK_H)
     known_h = h < HIDDEN
-    line_at = (split * HIDDEN + h) * (CHANNELS + 1)
-    tl.store(partial + line_at[:, None] + c[None, :], weight_grad, mask=known_h[:, None] & known[None, :])
+    line = partial + split * (HIDDEN * (CHANNELS + 1))
+    at = h[:, None] * CHANNELS + c[None, :]
+    tl.store(line + at, weight_grad, mask=known_h[:, None] & known[None, :])
     if part == 0:
-        tl.store(partial + line_at + CHANNELS, bias_grad, mask=known_h)
+        tl.store(line + HIDDEN * CHANNELS + h, bias_grad, mask=known_h)
 
 
 def neighbours(x: Tensor) -> tuple[list[int], dict[str, int]]:
@@ -462,58 +478,32 @@ def precision() -> str:
     return "ieee" if launching.for_amd() else "tf32x3"
 
 
-def dot_shape(x: Tensor, weight: Tensor, format: int) -> tuple[int, int, int]:
-    """(BLOCK_H, BLOCK_C, BLOCK_P) of a pass that multiplies W1 with tiles of x, its sums in registers.
-
-    Smaller where registers also hold W1 in two terms, or the offsets of scattered positions.
-    """
-    batch, channels = x.shape[:2]
-    positions = positions_of(x)
-    block_h = power_of_two(weight.shape[0], 16)
-    sums = 4096 if format == ANY.value else 16384 if weight.dtype == x.dtype else 8192
-    block_p = min(max(sums // block_h, 32), 256, power_of_two(positions, 32))
-    while block_p > 32 and batch * triton.cdiv(positions, block_p) < multiprocessors(x.device):
-        block_p //= 2
-    held = 8192 if x.element_size() == 2 and weight.dtype == x.dtype else 4096
-    most = max(held // max(block_p, block_h if x.element_size() == 4 else block_h // 2), 16)
-    return block_h, min(power_of_two(channels, 16), most, 64), block_p
-
-
-def gradient_shape(x: Tensor, hidden: int) -> tuple[int, int, int]:
-    """(BLOCK_H, BLOCK_C, BLOCK_P) of the pass that writes grad x: what the registers of 8 warps hold."""
-    block_h = power_of_two(hidden, 16)
-    block_c, block_p = 64, 64
-    if x.element_size() == 4:
-        block_h, block_p = min(block_h, 32), 32
-    elif launching.for_amd():
-        block_h, block_c = min(block_h, 64), 32
-    elif block_h > 32:
-        block_h, block_c = min(block_h, 128), 32
-    if x.device.type == "cpu":
-        block_p = 128  # the interpreter has no registers to spare, and takes its time by the tile
-    block_c = min(block_c, power_of_two(x.shape[1], 16))
-    return block_h, block_c, min(block_p, power_of_two(positions_of(x), 32))
-
-
-def sum_rows(partial: Tensor, scale: float = 1.0, last_scale: float = 1.0) -> Tensor:
-    """Sums over axis 1 of partial (B, rows, columns), times scale, the last column times last_scale."""
+def sum_rows(
+    partial: Tensor,  # (B, rows, columns) float32
+    out: Tensor,  # (B, head), contiguous, written
+    tail: Tensor | None = None,  # (B, columns - head), contiguous, written
+    scale: float = 1.0,
+    last_scale: float = 1.0,
+) -> None:
+    """Sums over axis 1 of partial, times scale, the last column times last_scale."""
     batch, rows, columns = partial.shape
-    out = partial.new_empty((batch, columns))
     blocks = triton.cdiv(columns, 64)
     sum_rows_kernel[(batch * blocks,)](
         partial,
         out,
+        out if tail is None else tail,
         rows,
         columns,
+        columns if tail is None else out.numel() // batch,
         scale,
         last_scale,
         blocks,
+        INTERPRET=interpreted(sum_rows_kernel),
         ROWS=power_of_two(rows),
         BLOCK_C=64,
         BLOCK_R=32,
         num_warps=4,
     )
-    return out
 
 
 def statistics(x: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
@@ -540,6 +530,7 @@ def statistics(x: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
         *integers,
         CHANNELS=channels,
         HIDDEN=hidden,
+        CHUNKS=triton.cdiv(hidden, block_h),
         **constants,
         X_FORMAT=mx.format,
         X_ALIGN=mx.align,
@@ -553,16 +544,19 @@ def statistics(x: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
         num_warps=8 if block_h * block_p > 4096 else 4,
         num_stages=2,
     )
-    return sum_rows(partial, 1.0 / positions, 1.0 / (positions * channels))
+    summary = x.new_empty((batch, partial.shape[2]), dtype=torch.float32)
+    sum_rows(partial, summary, scale=1.0 / positions, last_scale=1.0 / (positions * channels))
+    return summary
 
 
-def modulate(x: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, scale: Tensor, tile: Tile | None = None) -> Tensor:
     """x (B, C, *spatial) times 1 + scale (B, C) float32, like x."""
     batch, channels = x.shape[:2]
     positions = positions_of(x)
     x_out = torch.empty_like(x)
     size2, size3, (mx, mo) = maps_of([(x, True), (x_out, True)])
-    block_c, block_p = tile_shape(x, mx.format == LAST.value, elements=4096)
+    tile = tile or tile_for("modulate", x, mx.format, lambda tile: modulate(x, scale, tile))
+    block_c, block_p = tile_shape(x, mx.format == LAST.value, tile.elements)
     tiles = triton.cdiv(positions, block_p)
     p_align = divisor(positions)
     modulate_kernel[(batch * tiles * triton.cdiv(channels, block_c),)](
@@ -585,7 +579,7 @@ def modulate(x: Tensor, scale: Tensor) -> Tensor:
         INTERPRET=interpreted(modulate_kernel),
         BLOCK_C=block_c,
         BLOCK_P=block_p,
-        num_warps=4,
+        num_warps=tile.warps,
     )
     return x_out
 
@@ -618,6 +612,7 @@ def reduce_gradient(
         *mx.strides,
         CHANNELS=channels,
         HIDDEN=hidden,
+        CHUNKS=triton.cdiv(hidden, block_h),
         G_FORMAT=mg.format,
         G_ALIGN=mg.align,
         X_FORMAT=mx.format,
@@ -632,7 +627,9 @@ def reduce_gradient(
         num_warps=8 if block_h * block_p > 4096 else 4,
         num_stages=2,
     )
-    return sum_rows(partial), signs
+    grad_scale = x.new_empty((batch, channels), dtype=torch.float32)
+    sum_rows(partial, grad_scale)
+    return grad_scale, signs
 
 
 def input_gradient(
@@ -642,14 +639,15 @@ def input_gradient(
     signs: Tensor,  # of reduce_gradient
     scale: Tensor,  # (B, C) float32
     summary_grad: Tensor,  # (B, C + C/2 + 1) float32
+    bias_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (like x), of conv_weight (C/2, C) and of conv_bias (C/2), the last two float32."""
+    """Gradients of x (like x), of conv_weight (C/2, C) and of conv_bias (C/2), in the dtypes of these."""
     batch, channels = x.shape[:2]
     hidden = conv_weight.shape[0]
     positions = positions_of(x)
     grad_x = torch.empty_like(x)
     size2, size3, (mg, mx, mo) = maps_of([(grad_x_out, True), (x, True), (grad_x, True)])
-    block_h, block_c, block_p = gradient_shape(x, hidden)
+    block_h, block_c, block_p, warps = gradient_shape(x, hidden)
     tiles = triton.cdiv(positions, block_p)
     parts = triton.cdiv(channels, block_c)
     chunks = triton.cdiv(hidden, block_h)
@@ -694,8 +692,10 @@ def input_gradient(
         BLOCK_H=block_h,
         BLOCK_C=block_c,
         BLOCK_P=block_p,
-        num_warps=4 if launching.for_amd() else 8,
+        num_warps=warps,
         num_stages=1,
     )
-    both = sum_rows(partial).view(hidden, channels + 1)
-    return grad_x, both[:, :channels], both[:, channels]
+    grad_weight = torch.empty((hidden, channels), dtype=conv_weight.dtype, device=x.device)
+    grad_bias = torch.empty((hidden,), dtype=bias_dtype, device=x.device)
+    sum_rows(partial, grad_weight, grad_bias)
+    return grad_x, grad_weight, grad_bias

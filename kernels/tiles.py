@@ -148,24 +148,3 @@ def _multiprocessors(index: int) -> int:
 def power_of_two(n: int, lowest: int = 1) -> int:
     """The smallest power of two that is at least n and at least ``lowest``."""
     return max(triton.next_power_of_2(n), lowest)
-
-
-def tile_shape(x: Tensor, last: bool, elements: int, waves: int = 4) -> tuple[int, int]:
-    """(BLOCK_C, BLOCK_P) of about ``elements`` values, long on the axis that is contiguous in memory.
-
-    Shorter in positions where the map is too small to give every multiprocessor ``waves`` tiles.
-    """
-    batch, channels = x.shape[:2]
-    positions = positions_of(x)
-    if last:
-        block_c = min(power_of_two(channels, 16), 64)
-        block_p = min(elements // block_c, 256)
-    else:
-        block_c, block_p = 0, 256
-    block_p = min(block_p, power_of_two(positions, 16))
-    wanted = waves * multiprocessors(x.device)
-    while block_p > 32 and batch * triton.cdiv(positions, block_p) < wanted:
-        block_p //= 2
-    if not last:
-        block_c = min(power_of_two(channels, 4), elements // block_p)
-    return block_c, block_p

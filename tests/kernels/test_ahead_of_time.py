@@ -15,13 +15,14 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSES = {"statistics", "modulate", "reduce_gradient", "input_gradient", "sum_rows"}
+VECTORS = {"gate", "normalise", "gate_gradient", "unnormalise", "weight_gradient"}
 CHOSEN = {
     "entropy_uncertainty": ("K=1 fp32$|beyond", {"forward", "backward"}),
     "gated_fusion": (
         "bf16 96x56 K=1$",
         {"forward", "forward_finish", "backward", "backward_finish"},
     ),
-    "task_interaction": ("bf16 96x56$|gates C=96$", {*PASSES, "gate"}),
+    "task_interaction": ("bf16 96x56$|gates.* C=96$|forward bf16 640x56", {*PASSES, *VECTORS}),
 }
 READ_MAPS = {"forward", "backward", *PASSES} - {"sum_rows"}
 MULTIPLY = {"statistics", "reduce_gradient", "input_gradient"}

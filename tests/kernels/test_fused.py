@@ -12,8 +12,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import bti_fast  # noqa: E402
 from bti_fast import ops  # noqa: E402
 from bti_fast.kernels import gated_fusion as fusion  # noqa: E402
+from bti_fast.kernels import launch, tiles  # noqa: E402
 from bti_fast.kernels import task_interaction as interaction  # noqa: E402
-from bti_fast.kernels import tiles  # noqa: E402
 from bti_fast.reference.task_interaction import statistics  # noqa: E402
 from tests.ops.operators import fusion_inputs, interaction_inputs  # noqa: E402
 
@@ -60,7 +60,7 @@ def test_statistics_against_float64():
 def test_hidden_rows_in_several_chunks_add_up():
     """With 80 channels the 40 hidden rows of float32 do not fit into one chunk of registers."""
     x, _, weight, bias, *_ = made(interaction_inputs, (2, 80, 4, 10))
-    assert interaction.gradient_shape(x, 40)[0] < 40
+    assert launch.gradient_shape(x, 40).hidden < 40
     generator = torch.Generator().manual_seed(1)
     by_hidden = torch.randn(2, 40, generator=generator)
     summary_grad = torch.cat([torch.zeros(2, 80), by_hidden, torch.zeros(2, 1)], 1)
@@ -98,12 +98,18 @@ def test_the_interpreter_is_never_chosen_by_itself():
         assert operator.choose(*inputs, 0.7).name == "triton"
 
 
-def test_too_many_hidden_channels_are_named():
-    x, y = torch.zeros(2, 1026, 9), torch.zeros(2, 4)
-    weights = [torch.zeros(513, 1026), *made(interaction_inputs, (2, 4, 9, 8))[3:]]
-    with bti_fast.backend("triton"):
-        reason = ops.OPERATORS["task_interaction"].backends["triton"].predicate(x, y, weights, 0.7, False)
-    assert reason == "needs at most 256 hidden channels (C/2), got 513"
+def test_more_hidden_channels_than_one_chunk():
+    """640 channels have 320 hidden ones; the statistics hold 256 at once."""
+    x, _, weight, bias, *_ = made(interaction_inputs, (1, 640, 9, 5))
+    assert launch.dot_shape(x, weight, tiles.PLANES.value)[0] < weight.shape[0]
+    hidden = torch.einsum("hc,bcyx->bhyx", weight.double(), x.double()) + bias.double().view(-1, 1, 1)
+    truth = statistics(x.double(), weight.double(), bias.double())
+    got = interaction.statistics(x, weight, bias)
+    torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
+    grad_scale, signs = interaction.reduce_gradient(x.cos(), x, weight, bias)
+    torch.testing.assert_close(grad_scale, (x * x.cos()).sum((2, 3)), rtol=1e-5, atol=1e-4)
+    bits = (signs.unsqueeze(-1) >> torch.arange(32)) & 1
+    assert torch.equal(bits.flatten(2)[..., :45].bool(), hidden.flatten(2) > 0)
 
 
 @pytest.mark.parametrize(
