@@ -616,7 +616,7 @@ def gate_algebra_backward(
         batch,
         **sizes,
         SAMPLES=samples,
-        BLOCK_B=32,
+        BLOCK_B=16,
         SQUARE=SQUARE,
         num_warps=4,
     )
