@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
+# 384 channels need the most registers of the levels; training runs every kernel of the gates.
 PASSES = {"statistics", "modulate", "reduce_gradient", "input_gradient", "sum_rows"}
 VECTORS = {"gate", "normalise", "gate_gradient", "unnormalise", "weight_gradient"}
 CHOSEN = {
@@ -22,7 +23,7 @@ CHOSEN = {
         "bf16 96x56 K=1$",
         {"forward", "forward_finish", "backward", "backward_finish"},
     ),
-    "task_interaction": ("bf16 96x56$|gates.* C=96$|forward bf16 640x56", {*PASSES, *VECTORS}),
+    "task_interaction": ("bf16 96x56$|training C=384$", {*PASSES, *VECTORS}),
 }
 READ_MAPS = {"forward", "backward", *PASSES} - {"sum_rows"}
 MULTIPLY = {"statistics", "reduce_gradient", "input_gradient"}
@@ -45,7 +46,7 @@ def test_every_target_compiles_without_spills(operator, tmp_path):
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert {row["kernel"] for row in rows} == kernels
     assert all(row["spills"] == 0 and row["problem"] is None for row in rows)
-    assert all(0 < row["registers"] <= 255 for row in rows)
+    assert all(0 < row["registers"] <= (512 if row["target"] == "gfx942" else 255) for row in rows)
     # Of bfloat16 some compilers read a tile's 16 bytes as two loads of 8; the report asks for one at least.
     assert all(row["wide_loads"] >= 1 for row in rows if row["kernel"] in READ_MAPS)
     assert all(row["tensor_cores"] >= 1 for row in rows if row["kernel"] in MULTIPLY)
