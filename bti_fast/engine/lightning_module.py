@@ -61,8 +61,8 @@ class Stage(lightning.LightningModule):
             )
 
     def _adam(self, parameters: list[torch.nn.Parameter], learning_rate: float) -> torch.optim.Adam:
-        # One pass over the parameters instead of a dozen; with fp16's scaling Lightning cannot clip it.
-        fused = self.config.precision != "16"
+        # One pass over the parameters; in mixed precision Lightning refuses to clip with it.
+        fused = self.config.precision == "32"
         optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=ADAM_BETAS, fused=fused)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
