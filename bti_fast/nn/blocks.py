@@ -48,9 +48,8 @@ class SeparableConv(nn.Module):
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, Cout, H, W]
-        dilation = self.depthwise.dilation[0]
-        if dilation > 1 and self.depthwise.kernel_size[0] == 3:
-            return self.pointwise(dilated_depthwise(x, self.depthwise.weight, dilation))
+        if self.depthwise.kernel_size[0] == 3:
+            return self.pointwise(dilated_depthwise(x, self.depthwise.weight, self.depthwise.dilation[0]))
         return self.pointwise(self.depthwise(x))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,7 @@ def dilated_depthwise(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     On a CPU oneDNN has no kernel for the gradients of a dilated depthwise convolution, and its fallback takes
     five to ten times as long as the rest of the layer; there the gradients are put together from fast parts.
     """
-    if x.device.type == "cpu" and dilation > 1 and torch.is_grad_enabled() and weight.requires_grad:
+    if x.device.type == "cpu" and dilation > 1 and torch.is_grad_enabled():
         return _DilatedDepthwise.apply(x, weight, dilation)
     return convolve(x, weight, dilation)
 
@@ -23,17 +25,24 @@ def convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     return F.conv2d(x, weight, padding=dilation, dilation=dilation, groups=x.shape[1])
 
 
-def gradients(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight: a convolution by the mirrored kernel, and an undilated one over phases.
+def gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight as far as `needed`: a convolution by the mirrored kernel, an undilated one over
+    phases.
 
     Computed in the dtype of `grad`, which autocast may have narrowed; given in those of x and weight.
     """
-    grad_x = convolve(grad, weight.to(grad.dtype).flip(2, 3), dilation).to(x.dtype)
-    x = x.to(grad.dtype)
-    if dilation > 1:
-        x, grad = _phases(x, dilation), _phases(grad, dilation)
-    grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=1, groups=x.shape[1])
-    return grad_x, grad_weight.to(weight.dtype)
+    grad_x = grad_weight = None
+    if needed[0]:
+        grad_x = convolve(grad, weight.to(grad.dtype).flip(2, 3), dilation).to(x.dtype)
+    if needed[1]:
+        x = x.to(grad.dtype)
+        if dilation > 1:
+            x, grad = _phases(x, dilation), _phases(grad, dilation)
+        grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=1, groups=x.shape[1])
+        grad_weight = grad_weight.to(weight.dtype)
+    return grad_x, grad_weight
 
 
 class _DilatedDepthwise(torch.autograd.Function):
@@ -47,8 +56,8 @@ class _DilatedDepthwise(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *gradients(grad, *ctx.saved_tensors, ctx.dilation), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        return *gradients(grad, *ctx.saved_tensors, ctx.dilation, ctx.needs_input_grad), None
 
 
 def _phases(x: Tensor, d: int) -> Tensor:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bti_fast.nn.recomputed import maps_of, mixed_scales, rows_of
+
 
 def fold(module: nn.Module) -> nn.Module:
     """A copy of `module` in evaluation mode in which every part that has a `fold_` method is folded.
@@ -74,7 +76,7 @@ class FoldedContextFusion(nn.Module):
         products = [fusion @ branch.pointwise.weight.flatten(1).double() for branch in branches]
         biases = [fusion @ branch.pointwise.bias.double() for branch in branches]
         like = msf.fusion.weight
-        self.register_buffer("matrices", torch.stack(products).transpose(1, 2).contiguous().to(like))
+        self.register_buffer("matrices", torch.stack(products).to(like))  # [3, C, C]
         self.register_buffer("biases", torch.stack(biases).to(like))
         self.register_buffer("bias", msf.fusion.bias.detach())
 
@@ -82,17 +84,10 @@ class FoldedContextFusion(nn.Module):
         weights = self.scale_fc2(F.relu(self.scale_fc1(x.mean((2, 3))))).softmax(1)  # [B, 3]
         bias = weights @ self.biases + self.bias  # [B, C]
         if x.shape[2] * x.shape[3] >= x.shape[1]:  # scale the matrices, which are smaller than the maps
-            mixed = bias[:, None]
-            for number, depthwise in enumerate(self.depthwise):
-                factors = _rows(depthwise(x)), weights[:, number, None, None] * self.matrices[number]
-                mixed = mixed.baddbmm_(*factors) if number else torch.baddbmm(mixed, *factors)
-        else:
-            mixed = bias[:, None].expand(-1, x.shape[2] * x.shape[3], -1).flatten(0, 1)  # [B·P, C]
-            for number, depthwise in enumerate(self.depthwise):
-                rows = _rows(depthwise(x)).mul_(weights[:, number, None, None])
-                mixed.addmm_(rows.flatten(0, 1), self.matrices[number])
-        return mixed.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
-
-
-def _rows(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, H·W, C], a view of channels_last maps
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+            kernels = [depthwise.weight for depthwise in self.depthwise]
+            return mixed_scales(x, kernels, weights[:, :, None, None] * self.matrices, bias)
+        mixed = bias[:, None].expand(-1, x.shape[2] * x.shape[3], -1).flatten(0, 1)  # [B·P, C]
+        for number, depthwise in enumerate(self.depthwise):
+            rows = rows_of(depthwise(x)) * weights[:, number, None, None]
+            mixed = mixed.addmm_(rows.flatten(0, 1), self.matrices[number].T)
+        return maps_of(mixed.unflatten(0, (x.shape[0], -1)), x)

@@ -58,7 +58,7 @@ class _NormalisedSilu(torch.autograd.Function):
         grads = torch.ops.aten.native_batch_norm_backward(
             torch.ops.aten.silu_backward(grad, y),
             *(x, weight, mean, variance, mean, inverse, ctx.training, ctx.eps),
-            [True, True, True],
+            list(ctx.needs_input_grad[:3]),
         )
         return *grads, None, None, None, None, None
 
@@ -77,11 +77,11 @@ def mixed_scales(x: Tensor, kernels: Sequence[Tensor], matrices: Tensor, bias: T
 def _mix(x: Tensor, kernels: Sequence[Tensor], matrices: Tensor, bias: Tensor) -> Tensor:
     mixed = None
     for number, (kernel, dilation) in enumerate(zip(kernels, DILATIONS, strict=True)):
-        rows = _rows(convolve(x, kernel, dilation))
+        rows = rows_of(convolve(x, kernel, dilation))
         factors = rows, matrices[:, number].transpose(1, 2).to(rows.dtype)
         # In place from the second on: the sum is one map, and nothing needs it for a gradient.
         mixed = mixed.baddbmm_(*factors) if number else torch.baddbmm(bias[:, None].to(rows.dtype), *factors)
-    return _maps(mixed, x)
+    return maps_of(mixed, x)
 
 
 class _MixedScales(torch.autograd.Function):
@@ -96,22 +96,28 @@ class _MixedScales(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, *kernels, matrices = ctx.saved_tensors
-        rows = _rows(grad)
+        x_needed, *kernels_needed, matrices_needed, bias_needed = ctx.needs_input_grad
+        rows = rows_of(grad)
         grad_x, grad_kernels, grad_matrices = None, [], []
         for number, (kernel, dilation) in enumerate(zip(kernels, DILATIONS, strict=True)):
-            spread = _rows(convolve(x.to(grad.dtype), kernel.to(grad.dtype), dilation))
-            grad_matrices.append(torch.bmm(rows.transpose(1, 2), spread))
-            grad_spread = _maps(torch.bmm(rows, matrices[:, number].to(grad.dtype)), x)
-            part, grad_kernel = gradients(grad_spread, x, kernel, dilation)
+            if matrices_needed:
+                spread = rows_of(convolve(x.to(grad.dtype), kernel.to(grad.dtype), dilation))
+                grad_matrices.append(torch.bmm(rows.transpose(1, 2), spread))
+            grad_spread = maps_of(torch.bmm(rows, matrices[:, number].to(grad.dtype)), x)
+            needed = x_needed, kernels_needed[number]
+            part, grad_kernel = gradients(grad_spread, x, kernel, dilation, needed)
             grad_x = part if grad_x is None else grad_x.add_(part)
             grad_kernels.append(grad_kernel)
-        return grad_x, *grad_kernels, torch.stack(grad_matrices, 1).to(matrices.dtype), rows.sum(1)
+        grad_matrices = torch.stack(grad_matrices, 1).to(matrices.dtype) if matrices_needed else None
+        return grad_x, *grad_kernels, grad_matrices, rows.sum(1) if bias_needed else None
 
 
-def _rows(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, H·W, C], a view of channels_last maps
+def rows_of(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H·W, C), a view of channels_last maps."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _maps(rows: Tensor, like: Tensor) -> Tensor:  # [B, H·W, C] -> [B, C, H, W] in the layout of `like`
+def maps_of(rows: Tensor, like: Tensor) -> Tensor:
+    """(B, H·W, C) -> (B, C, H, W) in the layout of `like`."""
     maps = rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
     return maps.contiguous() if like.is_contiguous() else maps

@@ -58,6 +58,18 @@ def test_mixed_scales(size, memory_format):
     assert out.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("learned", range(6))
+def test_mixed_scales_with_all_operands_frozen_but_one(learned):
+    torch.manual_seed(0)
+    shapes = ((2, 5, 6, 7), (5, 1, 3, 3), (5, 1, 3, 3), (5, 1, 3, 3), (2, 3, 5, 5), (2, 5))
+    operands = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    operands[learned].requires_grad_()
+    cotangent = torch.randn(shapes[0], dtype=torch.float64)
+    wanted = _gradients(_written_out(*operands), operands[learned], cotangent)
+    got = _gradients(_called(*operands), operands[learned], cotangent)
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-11, atol=1e-11)
+
+
 def test_less_is_kept_for_backward():
     x = torch.randn(2, 8, 16, 16, requires_grad=True)
     norm = nn.BatchNorm2d(8)
