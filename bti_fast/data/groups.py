@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from bti_fast.data.cases import DatasetIndex, Problem
+from bti_fast.data.csv_rows import csv_rows, needs_columns
 from bti_fast.data.duplicates import connected
 from bti_fast.errors import UserError
 
@@ -25,7 +25,8 @@ def with_groups(index: DatasetIndex, path: str | Path) -> DatasetIndex:
     found = {case.image.name: case.id for case in index.cases if names[case.image.name] == 1}
     found.update({case.id: case.id for case in index.cases})
     links, unknown, used = [], 0, 0
-    for image, group in _rows(path):
+    for _, row in csv_rows(path, needs_columns(COLUMNS, " and ".join(COLUMNS))):
+        image, group = ((row[name] or "").strip() for name in COLUMNS)
         if image not in found:
             unknown += 1
         elif group:
@@ -46,17 +47,3 @@ def with_groups(index: DatasetIndex, path: str | Path) -> DatasetIndex:
         message = f"{path}: {unknown} rows name no image of {index.root}; ignored"
         problems.append(Problem(path, "unknown-group-rows", message))
     return replace(index, cases=cases, problems=problems)
-
-
-def _rows(path: Path) -> list[tuple[str, str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-            if lacking:
-                raise UserError(f"{path}: no column {', '.join(lacking)}; needs {' and '.join(COLUMNS)}")
-            return [tuple((row[name] or "").strip() for name in COLUMNS) for row in reader]
-    except OSError as cause:
-        raise UserError(f"{path}: cannot be read ({cause.strerror or cause})") from cause
-    except (UnicodeDecodeError, csv.Error) as cause:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({cause})") from cause

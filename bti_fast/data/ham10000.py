@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from bti_fast.data.cases import Case, DatasetIndex, Problem, sorted_cases
+from bti_fast.data.csv_rows import csv_rows, needs_columns
 from bti_fast.data.folders import by_stem, image_paths, missing_folder, missing_mask, note_orphans
 from bti_fast.errors import UserError
 
@@ -90,7 +90,7 @@ def _listed(
 ) -> dict[str, tuple[Path, str, str]]:
     """Image, class and lesion of every good row of the metadata, by image_id."""
     found: dict[str, tuple[Path, str, str]] = {}
-    for line, row in _rows(table):
+    for line, row in csv_rows(table, needs_columns(COLUMNS, ", ".join(COLUMNS))):
         name, label, lesion = ((row.get(column) or "").strip() for column in ("image_id", "dx", "lesion_id"))
         kind, said = "bad-row", None
         if not name or not lesion:
@@ -107,17 +107,3 @@ def _listed(
             message = f"{table}, line {line}: {said}; row left out"
             problems.append(Problem(table, kind, message, excluded=True))
     return found
-
-
-def _rows(table: Path) -> list[tuple[int, dict]]:
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-            if lacking:
-                raise UserError(f"{table}: no column {', '.join(lacking)}; needs {', '.join(COLUMNS)}")
-            return [(reader.line_num, row) for row in reader]
-    except UnicodeDecodeError as cause:
-        raise UserError(f"{table}: not UTF-8 text (byte {cause.start}); needs a CSV file") from cause
-    except csv.Error as cause:
-        raise UserError(f"{table}: not a CSV file ({cause}); needs comma-separated rows") from cause

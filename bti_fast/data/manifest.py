@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 from bti_fast.data.cases import SPLITS, Case, DatasetIndex, Problem, sorted_cases
+from bti_fast.data.csv_rows import csv_rows
 from bti_fast.errors import UserError
 
 COLUMNS = ("image", "mask", "class", "split", "group")
@@ -45,7 +46,7 @@ def read(path: Path) -> DatasetIndex:
     """
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
-    for line, row in _rows(path):
+    for line, row in csv_rows(path, _check_columns):
         try:
             case = _case(path.parent, row)
             if case.id in cases:
@@ -58,22 +59,6 @@ def read(path: Path) -> DatasetIndex:
             cases[case.id] = case
     classes = tuple(sorted({case.label for case in cases.values() if case.label is not None}))
     return DatasetIndex(path.parent, "manifest", classes, sorted_cases(cases.values()), problems)
-
-
-def _rows(path: Path) -> list[tuple[int, dict]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            _check_columns(path, reader)
-            return [(reader.line_num, row) for row in reader]
-    except UserError:
-        raise
-    except UnicodeDecodeError as cause:
-        raise UserError(f"{path}: not UTF-8 text (byte {cause.start}); needs a CSV file in UTF-8") from cause
-    except csv.Error as cause:
-        raise UserError(f"{path}: not a CSV file ({cause}); needs comma-separated rows") from cause
-    except OSError as cause:
-        raise UserError(f"{path}: not readable ({cause.strerror})") from cause
 
 
 def _check_columns(path: Path, reader: csv.DictReader) -> None:

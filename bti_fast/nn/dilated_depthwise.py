@@ -28,8 +28,8 @@ def convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
 def gradients(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: int, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and weight as far as `needed`: a convolution by the mirrored kernel, an undilated one over
-    phases.
+    """Gradients of x and weight as far as `needed`: a convolution by the mirrored kernel, and an undilated
+    one over phases.
 
     Computed in the dtype of `grad`, which autocast may have narrowed; given in those of x and weight.
     """
