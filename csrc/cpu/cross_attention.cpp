@@ -8,7 +8,7 @@
 #include <memory>
 #include <optional>
 
-#include "common/checks.h"
+#include "common/cross_attention_checks.h"
 #include "cpu/operators.h"
 
 namespace bti_fast {
@@ -25,43 +25,26 @@ TokenView view_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-MaskView mask_of(const std::optional<Tensor>& mask, const char* name, int64_t batch, int64_t tokens) {
+MaskView mask_of(const std::optional<Tensor>& mask) {
   if (!mask.has_value()) return {nullptr, 0, 0};
-  STD_TORCH_CHECK(mask->scalar_type() == torch::headeronly::ScalarType::Bool && mask->dim() == 2 &&
-                      mask->size(0) == batch && mask->size(1) == tokens,
-                  name, " must be bool, (", batch, ", ", tokens, ")");
   return {static_cast<const bool*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
-}
-
-void check_tokens(const Tensor& x, const char* name, const Tensor& like, int64_t tokens, int64_t channels) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == like.size(0) && x.size(1) == like.size(1) && x.size(2) == tokens &&
-                      x.size(3) == channels,
-                  name, " must have shape (", like.size(0), ", ", like.size(1), ", ", tokens, ", ", channels, ")");
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " must have q's dtype");
 }
 
 CrossShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v_q, const Tensor& v_k,
                     const std::optional<Tensor>& q_mask, const std::optional<Tensor>& k_mask, double scale) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v_k.dim() == 4, "q, k and v_k must be (B, heads, tokens, dim)");
   CrossShape s{};
-  s.dtype = dtype_of(q, "q");
-  STD_TORCH_CHECK(s.dtype != Dtype::float64, "q must be float32, float16 or bfloat16");
+  s.dtype = check_cross_attention(q, k, v_q, v_k);
+  check_mask(q_mask, "q_mask", q);
+  check_mask(k_mask, "k_mask", k);
   s.batch = q.size(0);
   s.heads = q.size(1);
   s.n = q.size(2);
   s.d = q.size(3);
   s.m = k.size(2);
   s.e = v_k.size(3);
-  for (int64_t channels : {s.d, s.e})
-    STD_TORCH_CHECK(channels == 16 || channels == 32 || channels == 64 || channels == 128,
-                    "channels of q and v_k must be 16, 32, 64 or 128, got ", channels);
-  STD_TORCH_CHECK(s.m <= 256, "at most 256 class tokens, got ", s.m);
-  check_tokens(k, "k", q, s.m, s.d);
-  check_tokens(v_q, "v_q", q, s.n, s.e);
-  check_tokens(v_k, "v_k", q, s.m, s.e);
   s.scale = static_cast<float>(scale);
-  s.q_mask = mask_of(q_mask, "q_mask", s.batch, s.n);
-  s.k_mask = mask_of(k_mask, "k_mask", s.batch, s.m);
+  s.q_mask = mask_of(q_mask);
+  s.k_mask = mask_of(k_mask);
   const auto tiles_in = [](int64_t tokens) { return (tokens + kTileTokens - 1) / kTileTokens * kTileTokens; };
   const int64_t least = std::max(kSplitTokens, (s.n + kMaxSplits - 1) / kMaxSplits);
   const int64_t splits = std::max<int64_t>(1, s.n / least);
@@ -120,14 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
   using torch::stable::empty_like;
   using torch::stable::new_empty;
   const CrossShape s = shape_of(q, k, v_q, v_k, q_mask, k_mask, scale);
-  check_tokens(grad_out_q, "grad_out_q", q, s.n, s.e);
-  check_tokens(grad_out_k, "grad_out_k", q, s.m, s.e);
-  check_tokens(out_q, "out_q", q, s.n, s.e);
-  check_tokens(out_k, "out_k", q, s.m, s.e);
-  STD_TORCH_CHECK(row_lse.scalar_type() == kFloat && row_lse.is_contiguous() &&
-                      row_lse.numel() == s.batch * s.heads * s.n && column_lse.scalar_type() == kFloat &&
-                      column_lse.is_contiguous() && column_lse.numel() == s.batch * s.heads * s.m,
-                  "row_lse and column_lse must be the forward's");
+  check_cross_attention_backward(grad_out_q, grad_out_k, out_q, out_k, row_lse, column_lse, v_q, v_k);
   const Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v_q = empty_like(v_q), grad_v_k = empty_like(v_k);
   const Tensor partial = new_empty(q, {s.batch * s.heads * s.splits * backward_partial(s)}, kFloat);
   const float* lse = static_cast<const float*>(column_lse.const_data_ptr());
