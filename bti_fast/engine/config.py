@@ -335,6 +335,11 @@ class PredictConfig:
         low=0.0,
         high=1.0,
     )
+    attention: bool = option(
+        False,
+        "Also draw where each class token looks, for networks of --interaction attention.",
+        "Output",
+    )
     batch_size: int = option(8, "Images per step.", "Machine", low=1, high=4096)
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Where to compute; auto takes a GPU if there is one.", "Machine"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from bti_fast.engine.files import write_atomic
@@ -108,6 +109,41 @@ def seeds_by_row(found: Mapping[str, Mapping[str, Sequence[float | None]]]) -> F
                 axes.plot([position - 0.25, position + 0.25], [mean, mean], color=colour, linewidth=2.4)
         axes.set_xticks(range(len(rows)), list(rows), rotation=20)
         axes.set(title=title)
+    return figure
+
+
+def token_attention(image: np.ndarray, levels: Sequence[np.ndarray]) -> Figure:
+    """Where each class-side token looks: a row per level, coarsest first, a column per token.
+
+    image (C, H, W) in 0..1; levels (M, h, w) whose maps each sum to 1. Colours show a weight as a multiple of
+    what looking everywhere alike would give, on one scale per level.
+    """
+    height, width = image.shape[1:]
+    grey = image.mean(0)
+    tokens = max(len(maps) for maps in levels)
+    figure = Figure(
+        figsize=(1.5 * tokens + 1.2, 1.5 * len(levels) * height / width + 0.5), layout="constrained"
+    )
+    grid = figure.subplots(len(levels), tokens, squeeze=False)
+    for number, (row, maps) in enumerate(zip(grid, levels, strict=True), start=1):
+        relative = maps * maps[0].size
+        drawn = None
+        for token, axes in enumerate(row):
+            axes.set(xticks=[], yticks=[])
+            axes.imshow(grey, cmap="gray", vmin=0, vmax=1)
+            if token < len(maps):
+                drawn = axes.imshow(
+                    relative[token],
+                    cmap="magma",
+                    alpha=0.6,
+                    vmin=0,
+                    vmax=max(2.0, float(relative.max())),
+                    extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                )
+            if number == 1:
+                axes.set_title(f"token {token + 1}", fontsize="small")
+        row[0].set_ylabel(f"level {number}, {maps.shape[2]}x{maps.shape[1]}", fontsize="small")
+        figure.colorbar(drawn, ax=row[-1], label="times uniform")
     return figure
 
 

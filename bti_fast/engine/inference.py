@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from bti_fast import metrics
 from bti_fast.data import resize_image
+from bti_fast.nn import CrossDecoderAttention
 from bti_fast.ops import entropy_uncertainty
 
 MASK_THRESHOLD = 0.5
@@ -37,6 +38,8 @@ class Prediction:
     ]  # per level the mean of SPEC §1.2's map; empty unless the interaction has it
     mask_entropy: float  # mean over the pixels, 0..1
     class_entropy: float  # 0..1
+    # per level where each class-side token looks, (M, h, w) float32; empty unless asked for
+    attention: list[np.ndarray] = field(default_factory=list)
 
     @property
     def failure_score(self) -> float:
@@ -64,18 +67,19 @@ def predict_images(
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     dropout: bool = False,
+    attention: bool = False,
 ) -> Iterator[Prediction]:
     """Predicts (id, image float32 (C, H, W) in 0..1) pairs in order; the model is left in evaluation mode.
 
     The temperatures in the model's metadata are applied. dropout leaves the dropout layers active
-    (MC-dropout), drawn from torch's global generator.
+    (MC-dropout), drawn from torch's global generator. attention keeps where each class-side token looks.
     """
     model = model.to(device).eval()
     pending = iter(images)
     while batch := list(islice(pending, batch_size)):
         inputs = network_input(model, [image for _, image in batch], device)
         with active_dropout(model) if dropout else nullcontext():
-            predictions = _predict_batch(model, batch, inputs)
+            predictions = _predict_batch(model, batch, inputs, attention)
         yield from predictions
 
 
@@ -86,6 +90,28 @@ def network_input(
     size = model.config["image_size"]
     size = (size, size) if isinstance(size, int) else tuple(size)
     return torch.from_numpy(np.stack([resize_image(image, size) for image in images])).to(device)
+
+
+@contextmanager
+def recorded_attention(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within: every forward pass appends each CrossDecoderAttention's token_attention to the list, in
+    order."""
+    found: list[torch.Tensor] = []
+
+    def record(module: CrossDecoderAttention, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        found.append(module.token_attention(*inputs))
+
+    hooks = [m.register_forward_pre_hook(record) for m in attention_modules(model)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attention_modules(model: torch.nn.Module) -> list[CrossDecoderAttention]:
+    """The network's CrossDecoderAttention modules, coarsest level first."""
+    return [module for module in model.modules() if isinstance(module, CrossDecoderAttention)]
 
 
 @contextmanager
@@ -114,8 +140,12 @@ def logits(model: Any, inputs: torch.Tensor) -> tuple[Any, torch.Tensor, torch.T
 
 
 @torch.inference_mode()
-def _predict_batch(model: Any, batch: list[tuple[str, np.ndarray]], inputs: torch.Tensor) -> list[Prediction]:
-    out, seg_logits, cls_logits = logits(model, inputs)
+def _predict_batch(
+    model: Any, batch: list[tuple[str, np.ndarray]], inputs: torch.Tensor, attention: bool
+) -> list[Prediction]:
+    with recorded_attention(model) if attention else nullcontext([]) as looked:
+        out, seg_logits, cls_logits = logits(model, inputs)
+    looked = [level.float().cpu().numpy() for level in looked]
     prob = seg_logits.sigmoid() if seg_logits.shape[1] == 1 else 1 - seg_logits.softmax(1)[:, :1]
     mask_entropy = entropy_uncertainty(seg_logits).flatten(1).mean(1).tolist()
     class_entropy = entropy_uncertainty(cls_logits).tolist()
@@ -133,6 +163,7 @@ def _predict_batch(model: Any, batch: list[tuple[str, np.ndarray]], inputs: torc
             level_uncertainty=[level[i] for level in maps],
             mask_entropy=mask_entropy[i],
             class_entropy=class_entropy[i],
+            attention=[level[i] for level in looked],
         )
         for i, (name, image) in enumerate(batch)
     ]

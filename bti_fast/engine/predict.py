@@ -20,8 +20,9 @@ from bti_fast.data.images import SUFFIXES
 from bti_fast.engine import run_folder
 from bti_fast.engine.config import PredictConfig
 from bti_fast.engine.device import choose_device, set_threads
+from bti_fast.engine.figures import token_attention, write_png
 from bti_fast.engine.files import output_folder, write_csv, write_json
-from bti_fast.engine.inference import REFERRAL, Prediction, class_names, predict_images
+from bti_fast.engine.inference import REFERRAL, Prediction, attention_modules, class_names, predict_images
 from bti_fast.engine.pictures import overlay, write_mask, write_picture
 from bti_fast.errors import UserError
 
@@ -44,7 +45,8 @@ def predict(
     config: PredictConfig, *, encoder: torch.nn.Module | None = None, console: Console | None = None
 ) -> Predictions:
     """Predicts every image named in config.images; writes masks/*.png (0 and 255, at the image's own size),
-    overlays/*.png, predictions.csv and predictions.json to config.out. Where bti-fast failures has chosen a
+    overlays/*.png, predictions.csv and predictions.json to config.out; with config.attention also
+    attention/*.png, where each class token looks at each level. Where bti-fast failures has chosen a
     threshold, "refer" says which images a human should look at.
 
     Unreadable files are listed in the result and in both tables, and the others still predicted. encoder is
@@ -61,6 +63,11 @@ def predict(
     device = choose_device(config.device)
     set_threads(config.threads)
     model = run_folder.load_model(weights, encoder)
+    if config.attention and not attention_modules(model):
+        raise UserError(
+            f"{config.model}: --attention needs a network with attention; this one was made with "
+            f"interaction {model.config['interaction']!r}"
+        )
     names = class_names(model)
     referral = model.metadata.get(REFERRAL)
     keys = dict(zip(map(str, files), output_names(files), strict=True))
@@ -70,7 +77,9 @@ def predict(
     saved = time.monotonic()
     stream = _readable(files, model.config["in_channels"], images, bad, console)
     try:
-        for found in predict_images(model, stream, batch_size=config.batch_size, device=device):
+        for found in predict_images(
+            model, stream, batch_size=config.batch_size, device=device, attention=config.attention
+        ):
             records.append(
                 _write(folder, keys[found.id], found, images.pop(found.id), names, config.threshold)
                 | _referred(found, referral)
@@ -171,8 +180,12 @@ def _write(
 ) -> dict[str, Any]:
     mask = found.mask_prob > threshold
     paths = {"mask": Path("masks") / f"{key}.png", "overlay": Path("overlays") / f"{key}.png"}
+    if found.attention:
+        paths["attention"] = Path("attention") / f"{key}.png"
     for path in paths.values():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    if found.attention:
+        write_png(token_attention(image, found.attention), folder / paths["attention"])
     write_mask(folder / paths["mask"], mask)
     write_picture(folder / paths["overlay"], overlay(image, mask))
     likely = int(np.argmax(found.class_prob))

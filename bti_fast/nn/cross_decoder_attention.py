@@ -65,14 +65,7 @@ class CrossDecoderAttention(nn.Module):
         check_features("cls", cls, seg, self.cls_features, tokens=True)
         if cls_mask is not None and cls.ndim == 2:
             raise ValueError("cls_mask: found a mask beside a single vector, needed cls as tokens (B, M, F)")
-        tokens = cls if cls.ndim == 3 else cls[:, None] + self.tokens  # [B, M, F]
-        dense = _pointwise(self.seg_in, self.seg_norm(seg)).flatten(2)  # [B, 2·h·d, N]
-        # [B, h, N, d] as a view: the map stays channel-major in memory
-        q, v_q = (t.unflatten(1, (self.heads, -1)).transpose(2, 3) for t in dense.chunk(2, 1))
-        k, v_k = (
-            t.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for t in self.cls_in(self.cls_norm(tokens)).chunk(2, 2)
-        )  # [B, h, M, d]
+        q, k, v_q, v_k, tokens = self._projected(seg, cls)
         read = ops.cross_attention(
             q,
             k,
@@ -82,7 +75,7 @@ class CrossDecoderAttention(nn.Module):
             k_mask=cls_mask,
         )
         to_seg = read.out_q.transpose(2, 3).reshape(seg.shape[0], -1, *seg.shape[2:])  # [B, h·d, *spatial]
-        seg_change = _pointwise(self.seg_out, to_seg.to(dense.dtype))
+        seg_change = _pointwise(self.seg_out, to_seg.to(q.dtype))
         cls_change = self.cls_out(read.out_k.transpose(1, 2).flatten(2).to(tokens.dtype))  # [B, M, F]
         if cls.ndim == 2:
             cls_change = cls_change.mean(1)
@@ -90,6 +83,31 @@ class CrossDecoderAttention(nn.Module):
         return CrossDecoderAttentionOutput(
             seg + (gate * seg_change).to(seg.dtype), cls + (self.cls_gate * cls_change).to(cls.dtype)
         )
+
+    @torch.no_grad()
+    def token_attention(self, seg: Tensor, cls: Tensor) -> Tensor:
+        """Where each class-side token looks: its weights over the map, mean over the heads, (B, M, *spatial).
+
+        float32, each token's map sums to 1. Inputs as for forward without masks. For pictures: unlike
+        forward it holds B·heads·M·N numbers at once.
+        """
+        check_map("seg", seg, self.seg_channels)
+        check_features("cls", cls, seg, self.cls_features, tokens=True)
+        q, k, _, _, _ = self._projected(seg, cls)
+        similarity = k.float() @ q.float().transpose(2, 3) / q.shape[3] ** 0.5  # [B, h, M, N]
+        return similarity.softmax(3).mean(1).reshape(seg.shape[0], -1, *seg.shape[2:])
+
+    def _projected(self, seg: Tensor, cls: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q and v_q [B, h, N, d], k and v_k [B, h, M, d], and the class-side tokens themselves [B, M, F]."""
+        tokens = cls if cls.ndim == 3 else cls[:, None] + self.tokens
+        dense = _pointwise(self.seg_in, self.seg_norm(seg)).flatten(2)  # [B, 2·h·d, N]
+        # [B, h, N, d] as a view: the map stays channel-major in memory
+        q, v_q = (t.unflatten(1, (self.heads, -1)).transpose(2, 3) for t in dense.chunk(2, 1))
+        k, v_k = (
+            t.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for t in self.cls_in(self.cls_norm(tokens)).chunk(2, 2)
+        )
+        return q, k, v_q, v_k, tokens
 
 
 def _pointwise(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from bti_fast.engine.pictures import PREDICTED, TRUE, outline, overlay
 from bti_fast.engine.predict import find_images, output_names
 from bti_fast.engine.run_folder import load_model
 from bti_fast.errors import UserError
+from bti_fast.models import BTINet
 from tests.engine.tiny import TinyEncoder
 
 
@@ -89,6 +90,26 @@ def test_good_and_bad_files_together(finished_run: Path, tmp_path: Path) -> None
         "mask_entropy",
         "failure_score",
     } <= set(good)
+
+
+def test_attention_pictures(finished_run: Path, tmp_path: Path) -> None:
+    model = BTINet(TinyEncoder(), interaction="attention", image_size=32)
+    model.save(tmp_path / "model.safetensors")
+    image = picture(tmp_path / "scan.png", 30, 50)
+    result, _ = run_predict(tmp_path / "model.safetensors", tmp_path / "out", image, attention=True)
+    (record,) = result.records
+    pixels = np.asarray(Image.open(tmp_path / "out" / record["attention"]).convert("RGB"))
+    assert min(pixels.shape[:2]) > 300 and pixels.std() > 20  # four rows of eight pictures
+
+    (found,) = predict_images(model, [("scan", read_image(image, 3))], attention=True)
+    assert [level.shape for level in found.attention] == [(8, side, side) for side in (2, 4, 8, 16)]
+    for level in found.attention:
+        np.testing.assert_allclose(level.sum((1, 2)), 1, rtol=1e-5)
+    (plain,) = predict_images(model, [("scan", read_image(image, 3))])
+    assert not plain.attention
+
+    with pytest.raises(UserError, match="--attention needs a network with attention.*'proxy'"):
+        run_predict(finished_run, tmp_path / "none", image, attention=True)
 
 
 def test_nothing_readable(finished_run: Path, tmp_path: Path) -> None:

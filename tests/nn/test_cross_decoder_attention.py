@@ -128,3 +128,19 @@ def test_a_mask_beside_a_vector_is_refused():
         CrossDecoderAttention(12, 10, heads=2, head_dim=16)(
             torch.zeros(2, 12, 5), torch.zeros(2, 10), cls_mask=torch.ones(2, 8, dtype=torch.bool)
         )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["1d", "2d", "3d"])
+def test_token_attention_is_the_column_softmax_that_the_operator_applies(shape):
+    torch.manual_seed(2)
+    module = CrossDecoderAttention(12, 10, heads=1, head_dim=16, tokens=3).double()
+    seg, cls = torch.randn(shape, dtype=torch.float64), torch.randn(2, 10, dtype=torch.float64)
+    looked = module.token_attention(seg, cls)  # [B, M, *spatial]
+    assert looked.shape == (2, 3, *shape[2:]) and looked.dtype == torch.float32
+    with torch.no_grad():  # one-hot values make the operator's output the weights themselves
+        q, k, v_q, v_k, _ = module._projected(seg, cls)
+        for position in range(0, v_q.shape[2], 7):
+            one_hot = torch.zeros_like(v_q)
+            one_hot[:, :, position] = 1
+            read = ops.cross_attention(q, k, one_hot, v_k).out_k[:, 0, :, 0]  # [B, M]
+            torch.testing.assert_close(looked.flatten(2)[..., position].double(), read, rtol=1e-5, atol=1e-7)
