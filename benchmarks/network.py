@@ -2,7 +2,8 @@
 
 ``python -m bti_fast.benchmarks.network``. Providers: "reference" is the network with the operators in plain
 PyTorch, contiguous layout and the allocator as it comes; "bti_fast" is what the commands run; "folded" is
-that after ``BTINet.fold()``, for inference; "compile" is "bti_fast" (for inference: folded) under
+that after ``BTINet.fold()``, for inference; "checkpointing" is "bti_fast" with activation checkpointing,
+for training; "compile" is "bti_fast" (for inference: folded) under
 torch.compile. ``benchmarks/keras_network.py`` measures the same layers in TensorFlow.
 """
 
@@ -17,7 +18,10 @@ import sys
 import time
 
 MODES = ("inference", "training step")
-PROVIDERS = {"inference": ("reference", "bti_fast", "folded"), "training step": ("reference", "bti_fast")}
+PROVIDERS = {
+    "inference": ("reference", "bti_fast", "folded"),
+    "training step": ("reference", "bti_fast", "checkpointing"),
+}
 WARM_UP = 2  # steps before the timed ones: freed memory fits together only then
 
 
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(_measure(options, *options.one.split(","))))
         return 0
     print(f"{options.encoder}, {options.batch}x3x{options.size}x{options.size}, {options.threads} threads")
-    print(f"{'interaction':12} {'mode':14} {'provider':9} {'median s':>9} {'min-max':>15} {'peak GB':>8}")
+    print(f"{'interaction':12} {'mode':14} {'provider':13} {'median s':>9} {'min-max':>15} {'peak GB':>8}")
     for interaction in options.interactions:
         for mode in modes:
             for provider in (*PROVIDERS[mode], *(("compile",) if options.compile else ())):
@@ -51,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
                     sys.argv[1:] if arguments is None else arguments, interaction, mode, provider
                 )
                 span = f"{row['min']:.2f}-{row['max']:.2f}"
-                line = f"{interaction:12} {mode:14} {provider:9} {row['median']:9.2f} {span:>15}"
+                line = f"{interaction:12} {mode:14} {provider:13} {row['median']:9.2f} {span:>15}"
                 print(f"{line} {row['peak']:8.2f}", flush=True)
     return 0
 
@@ -84,6 +88,7 @@ def _measure(options: argparse.Namespace, interaction: str, mode: str, provider:
         model.to(memory_format=torch.contiguous_format)
     if provider == "folded" or (provider, mode) == ("compile", "inference"):
         model = model.fold()
+    model.activation_checkpointing = provider == "checkpointing"
     image = torch.rand(options.batch, 3, options.size, options.size)
     mask = (torch.rand(options.batch, 1, options.size, options.size) > 0.9).float()
     label = torch.arange(options.batch) % 3

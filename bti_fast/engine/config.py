@@ -184,6 +184,12 @@ class TrainConfig:
     precision: Literal["32", "bf16", "16"] = option(
         "32", "Bits of the arithmetic; bf16 and 16 are for GPUs.", "Machine"
     )
+    activation_checkpointing: bool = option(
+        False,
+        "Compute activations again in the backward pass instead of keeping them: less memory, longer steps, "
+        "same results.",
+        "Machine",
+    )
     threads: int = option(
         0, "CPU threads, 0 for torch's choice. Same bits need the same number.", "Machine", low=0, high=1024
     )

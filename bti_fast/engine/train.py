@@ -148,6 +148,7 @@ def build_model(
         )
     except ValueError as cause:
         raise UserError(f"--encoder {config.encoder}: {first_line(cause)}") from cause
+    model.activation_checkpointing = config.activation_checkpointing
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = config.bn_momentum

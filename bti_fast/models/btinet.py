@@ -14,6 +14,7 @@ from bti_fast.errors import UserError
 from bti_fast.models import checkpoint
 from bti_fast.models.encoders import EfficientNetEncoder, check_maps, feature_channels, load_encoder_weights
 from bti_fast.nn.blocks import BN_EPS, BN_MOMENTUM, AttentionGate, ResidualBlock
+from bti_fast.nn.checkpointing import checkpointed
 from bti_fast.nn.folding import fold
 from bti_fast.nn.interaction import FixedInteraction, GatedInteraction
 
@@ -98,6 +99,8 @@ class BTINet(nn.Module):
     image_mean, image_std: per channel, in units of 0..1; None takes ImageNet's for three channels, their
     average otherwise. They are stored with the weights.
     image_size is a note of the size trained at, and restricts nothing.
+    Set `activation_checkpointing` to train in about half the memory: blocks of the network are then computed
+    again in the backward pass instead of keeping their activations; results are the same.
     Raises ValueError or TypeError naming the argument; UserError for an unusable file of weights.
     """
 
@@ -152,6 +155,7 @@ class BTINet(nn.Module):
         self.encoder = EfficientNetEncoder(encoder, in_channels) if isinstance(encoder, str) else encoder
         if encoder_weights is not None:
             load_encoder_weights(self.encoder, encoder_weights)
+        self.activation_checkpointing = False
         self.encoder_channels = feature_channels(self.encoder, in_channels, encoder_channels)
         s1, s2, s3, s4, bridge = self.encoder_channels
         self.residual = nn.ModuleList(ResidualBlock(c, c, attention=True) for c in self.encoder_channels)
@@ -184,13 +188,13 @@ class BTINet(nn.Module):
         shape = (1, -1, 1, 1)
         maps = self.encoder((image - self.image_mean.reshape(shape)) / self.image_std.reshape(shape))
         check_maps(maps, self.encoder_channels)
-        s1, s2, s3, s4, bridge = (block(m) for block, m in zip(self.residual, maps, strict=True))
+        s1, s2, s3, s4, bridge = (self._run(block, m) for block, m in zip(self.residual, maps, strict=True))
         pooled = [m.mean((2, 3)) for m in (bridge, s4, s3, s2)]
         seg, tokens, interactions = bridge, [], []
         for level, exchange, skip, p in zip(
             self.levels, self.interactions, (s4, s3, s2, s1), pooled, strict=True
         ):
-            seg, cls = level(seg, skip, p)
+            seg, cls = self._run(level, seg, skip, p)
             if self.interaction != "none":
                 out = exchange(seg, cls)
                 seg, cls = out.seg, out.cls
@@ -206,6 +210,20 @@ class BTINet(nn.Module):
                 for field in ("gates", "uncertainty", "seg_logits", "cls_logits")
             ),
         )
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass, also those of an encoder of ours."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, wanted: bool) -> None:
+        self._activation_checkpointing = wanted
+        if isinstance(self.encoder, EfficientNetEncoder):
+            self.encoder.activation_checkpointing = wanted
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Any:
+        return checkpointed(block, block, *inputs) if self.activation_checkpointing else block(*inputs)
 
     def _check(self, image: Tensor) -> None:
         if not isinstance(image, Tensor):

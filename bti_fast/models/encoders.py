@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast.errors import UserError
+from bti_fast.nn.checkpointing import checkpointed
 from bti_fast.nn.folding import fold_conv
 from bti_fast.nn.recomputed import normalised_silu
 
@@ -26,8 +28,11 @@ class EfficientNetEncoder(nn.Module):
     of stages 2, 3, 4, 6 and the top activation, at 1/2, 1/4, 1/8, 1/16, 1/32 of the size (rounded up).
     The layers are MONAI's; the paddings follow the actual input, as in Keras. Stochastic depth in training is
     the published one: a rate of 0.2·b/(number of blocks) at block b.
-    Nothing is downloaded: weights start random.
+    Nothing is downloaded: weights start random. Where `activation_checkpointing` is set, the blocks are
+    computed again in the backward pass instead of keeping their activations.
     """
+
+    activation_checkpointing = False
 
     def __init__(self, name: str = "efficientnet-b4", in_channels: int = 3) -> None:
         super().__init__()
@@ -45,7 +50,10 @@ class EfficientNetEncoder(nn.Module):
         taps = []
         for index, stage in enumerate(net._blocks):
             for number, block in enumerate(stage):
-                x, expanded = _mobile_block(block, x)
+                if self.activation_checkpointing:
+                    x, expanded = checkpointed(partial(_mobile_block, block), block, x)
+                else:
+                    x, expanded = _mobile_block(block, x)
                 if number == 0 and index in TAPPED_STAGES:
                     taps.append(expanded)
         taps.append(normalised_silu(net._bn1, net._conv_head(x)))

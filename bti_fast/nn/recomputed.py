@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast.nn.dilated_depthwise import convolve, gradients
+from bti_fast.nn.synchronised import synchronises
 
 DILATIONS = (1, 2, 4)
 
@@ -23,7 +24,7 @@ def normalised_silu(norm: nn.Module, x: Tensor) -> Tensor:
 
     Autograd would keep the map between the two, which one multiplication and one addition give again.
     """
-    if not (recomputes(x) and isinstance(norm, nn.BatchNorm2d)):
+    if not (recomputes(x) and isinstance(norm, nn.BatchNorm2d)) or synchronises(norm):
         return F.silu(norm(x), inplace=not torch.is_grad_enabled())
     if norm.training:
         norm.num_batches_tracked.add_(1)
@@ -53,7 +54,7 @@ class _NormalisedSilu(torch.autograd.Function):
         x, weight, bias, mean, inverse = ctx.saved_tensors
         scale = weight * inverse
         shift = bias - mean * scale
-        y = torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+        y = torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(grad.dtype)
         variance = inverse.square().reciprocal() - ctx.eps  # read in evaluation only, as is the mean
         grads = torch.ops.aten.native_batch_norm_backward(
             torch.ops.aten.silu_backward(grad, y),

@@ -169,6 +169,33 @@ def test_images_are_normalised_inside_and_the_numbers_travel(tmp_path):
     assert torch.equal(other.image_mean, model.image_mean) and torch.equal(other.image_std, model.image_std)
 
 
+def test_activation_checkpointing_changes_nothing_but_what_is_kept(networks):
+    images = torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(4))
+    found = {}
+    for wanted in (False, True):
+        model = copy.deepcopy(networks["attention"]).train()
+        model.activation_checkpointing = wanted
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(5)  # dropout and stochastic depth
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = model(images)
+            loss = out.seg_logits.square().mean() + out.cls_logits.square().mean()
+        for parameter in model.parameters():
+            kept.pop(parameter.untyped_storage().data_ptr(), None)
+        loss.backward()
+        state = {**model.state_dict(), **{f"{n} gradient": p.grad for n, p in model.named_parameters()}}
+        found[wanted] = state, sum(kept.values())
+    plain, less = found[False], found[True]
+    for name, value in plain[0].items():
+        torch.testing.assert_close(less[0][name], value, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert less[1] < 0.5 * plain[1]
+
+
 @pytest.mark.parametrize("kind", INTERACTIONS)
 def test_a_saved_network_is_the_same_network(networks, tmp_path, kind):
     model = copy.deepcopy(networks[kind])

@@ -39,6 +39,27 @@ def test_normalised_silu(training, memory_format):
         torch.testing.assert_close(norm.get_buffer(name).to(value), value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_normalised_silu_of_16_bit_maps(training, dtype):
+    torch.manual_seed(1)
+    norm = nn.BatchNorm2d(5).train(training)  # autocast leaves its weights in fp32
+    norm.running_mean.normal_()
+    truth = copy.deepcopy(norm).double()
+    x = torch.randn(3, 5, 4, 7).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    cotangent = torch.randn(3, 5, 4, 7).to(dtype)
+    found = _gradients(normalised_silu(norm, x), (x, *norm.parameters()), cotangent)
+    assert [value.dtype for value in found] == [dtype, dtype, torch.float32, torch.float32]
+    for mine, theirs in zip(
+        found,
+        _gradients(F.silu(truth(exact)), (exact, *truth.parameters()), cotangent.double()),
+        strict=True,
+    ):
+        rounding = 16 * torch.finfo(dtype).eps * float(theirs.abs().max())
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=rounding)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("size", [(1, 1), (7, 9), (12, 16)], ids=str)
 def test_mixed_scales(size, memory_format):
