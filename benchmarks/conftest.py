@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from .harness import MODES, Case
-from .network import PROVIDERS
 from .peers import Choice, providers
 from .registry import DEFAULT_GROUP, GROUPS, cases, select
 from .whole_network import Network
@@ -40,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     made = []
     for case in (case for case in chosen if isinstance(case, kind)):
         if kind is Network:
-            runs = [(mode, name) for mode in case.modes for name in PROVIDERS[mode]]
+            runs = [(mode, name) for mode in case.modes for name in case.providers(mode)]
         else:
             names = [p.name for p in providers(case, choice_of(config))[0]]
             runs = [(mode, name) for mode in MODES for name in names]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bti_fast.errors import UserError
 
-from .rows import MACHINE, TIME, Row, gains, losses, read, together, with_best_sdpa
+from .rows import MACHINE, PEAK, TIME, Row, gains, losses, read, together, with_best_sdpa
 from .whole_network import shares
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,14 +138,20 @@ def _other_groups(rows: Sequence[Row]) -> str:
 
 
 def _network(rows: Sequence[Row]) -> str:
-    lines = ["| BTINet | mode | | seconds | reference backend | faster |", "|---|---|---|---|---|---|"]
+    peaks = {(row.size, row.mode, row.provider, row.run): row.p50 for row in rows if row.metric == PEAK}
+    lines = [
+        "| BTINet | mode | | seconds | peak, GB | reference backend | faster |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row, peers in together(rows):
-        if row.kernel == "BTINet" and "reference" in peers:
-            base = peers["reference"]
-            lines.append(
-                f"| {row.size} | {row.mode} | {row.provider} | {row.p50 / 1e3:.2f} | {base.p50 / 1e3:.2f} "
-                f"| {base.p50 / row.p50:.2f} |"
-            )
+        if row.kernel != "BTINet":
+            continue
+        peak = f"{peaks[row.size, row.mode, row.provider, row.run] / 1e3:.1f}"
+        cells = [row.size, row.mode, row.provider, f"{row.p50 / 1e3:.2f}", peak, "–", "–"]
+        if base := peers.get("reference"):
+            base_peak = peaks[base.size, base.mode, base.provider, base.run] / 1e3
+            cells[-2:] = f"{base.p50 / 1e3:.2f} ({base_peak:.1f} GB)", f"{base.p50 / row.p50:.2f}"
+        lines.append(f"| {' | '.join(cells)} |")
     if len(lines) == 2:
         return ""
     parts = [

@@ -11,7 +11,9 @@ from . import network
 from .rows import PEAK, SKIPPED, TIME, Row, together
 
 INTERACTIONS = ("none", "fixed", "proxy", "entropy", "attention")
-NAMES = {"folded": "bti_fast:folded"}  # in the table, where ours begin alike
+PUBLISHED = "proxy"  # the one measured with every provider; the others show what an interaction adds
+# In the table, where ours begin alike.
+NAMES = {"folded": "bti_fast:folded", "checkpointing": "bti_fast:checkpointing"}
 ROUNDS = 2
 REPEATS = 3  # in a process, after those to warm up
 COMPILE_REASON = "minutes to compile; python -m bti_fast.benchmarks.network --compile measures it"
@@ -39,6 +41,10 @@ class Network:
         """A training step needs batch statistics, which one image does not have."""
         return network.MODES if self.batch > 1 else network.MODES[:1]
 
+    def providers(self, mode: str) -> tuple[str, ...]:
+        """Who is measured: everybody for the published interaction, else the network as commands run it."""
+        return network.PROVIDERS[mode] if self.interaction == PUBLISHED else ("bti_fast",)
+
     def __str__(self) -> str:
         return f"{self.kernel} {self.size}"
 
@@ -58,14 +64,14 @@ def measure_networks(cases: Iterable[Network], threads: int, row: Row) -> Iterat
         taking_part = [case for case in cases if mode in case.modes]
         for _ in range(ROUNDS):
             for case in taking_part:
-                for provider in network.PROVIDERS[mode]:
+                for provider in case.providers(mode):
                     found = run(case, mode, provider, threads)
                     times[case, provider] += found["times"]
                     peaks[case, provider] = max(peaks[case, provider], found["peak"])
         for case in taking_part:
             made = replace(row, kernel=case.kernel, mode=mode, size=case.size, group=case.group)
             rows = [replace(made, provider="compile", metric=SKIPPED, note=COMPILE_REASON)]
-            for provider in network.PROVIDERS[mode]:
+            for provider in case.providers(mode):
                 tenths = quantiles(times[case, provider], n=10, method="inclusive")
                 p20, p50, p80 = (1e3 * tenths[i] for i in (1, 4, 7))
                 mb = peaks[case, provider] * 2**30 / 1e6

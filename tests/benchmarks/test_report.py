@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import readme
 from benchmarks.__main__ import main
-from benchmarks.rows import EXTRA, MACHINE, SKIPPED, save
+from benchmarks.rows import EXTRA, MACHINE, PEAK, SKIPPED, save
 from bti_fast.errors import UserError
 
 from .made_rows import ROW, table, timed
@@ -70,3 +70,20 @@ def test_readme_section_from_a_table(tmp_path):
     assert "already" in readme.update(tmp_path / "README.md", tmp_path)
     with pytest.raises(UserError, match="markers"):
         readme.with_section("no markers", "")
+
+
+def test_readme_shows_the_network_with_its_memory(tmp_path):
+    def measured(provider: str, interaction: str, seconds: float, gb: float) -> list:
+        row = timed(provider, 1e3 * seconds, kernel="BTINet", mode="training step", size=f"b4 {interaction}")
+        return [row, replace(row, metric=PEAK, p20=1e3 * gb, p50=1e3 * gb, p80=1e3 * gb)]
+
+    rows = [
+        *measured("reference", "proxy", 12.0, 5.0),
+        *measured("bti_fast", "proxy", 8.0, 4.0),
+        *measured("bti_fast", "none", 7.6, 3.9),
+    ]
+    save(tmp_path / "a.csv", rows)
+    made = readme.section(tmp_path)
+    assert "| b4 proxy | training step | bti_fast | 8.00 | 4.0 | 12.00 (5.0 GB) | 1.50 |" in made
+    assert "| b4 none | training step | bti_fast | 7.60 | 3.9 | – | – |" in made
+    assert "proxy 5.0% (training step)" in made
