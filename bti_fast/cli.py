@@ -35,7 +35,7 @@ KINDS = {
     "<class 'bool'>": "true or false",
     "<class 'str'>": "text",
 }
-METAVARS = {int: "N", float: "X", str: "NAME", str | None: "PATH"}
+METAVARS = {int: "N", int | None: "N", float: "X", str: "NAME", str | None: "PATH"}
 
 EXAMPLES = """\
 bti-fast segments a lesion and diagnoses the image in one pass. The usual order:

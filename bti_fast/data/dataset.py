@@ -78,6 +78,11 @@ class CaseDataset(torch.utils.data.Dataset):
         return int(self._epoch[0])
 
     @property
+    def cache_bytes(self) -> int:
+        """The memory that the cache takes when it is full."""
+        return self._store.nbytes
+
+    @property
     def cached(self) -> int:
         """How many cases the cache holds now, read by whichever process."""
         return self._store.filled

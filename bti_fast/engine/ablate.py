@@ -95,7 +95,8 @@ def _keep_settings(folder: Path, config: AblateConfig) -> None:
 
     More rows or seeds may be asked for later, and the machine may differ.
     """
-    free = (*TrainConfig.RUNTIME, "rows", "seeds")
+    # More processes make larger joint batches, so they are no matter of the machine alone.
+    free = {*TrainConfig.RUNTIME, "rows", "seeds"} - {"devices", "num_nodes"}
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
     asked["data"] = str(Path(config.data).resolve())
     path = folder / SETTINGS
@@ -107,8 +108,9 @@ def _keep_settings(folder: Path, config: AblateConfig) -> None:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
         raise UserError(f"{path}: cannot be read ({cause})") from cause
     for name, value in asked.items():
-        if not isinstance(stored, dict) or stored.get(name) != value:
-            old = stored.get(name) if isinstance(stored, dict) else "nothing"
+        # An older ablation says nothing of settings that came later.
+        old = stored.get(name, getattr(AblateConfig(), name)) if isinstance(stored, dict) else "nothing"
+        if old != value:
             raise UserError(
                 f"{folder}: holds an ablation with {flag(name)} {old}, not {value}; choose another --out"
             )

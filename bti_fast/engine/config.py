@@ -84,7 +84,11 @@ class TrainConfig:
         150, "Stage 1 (whole network): most passes over the training images.", "Training", low=1, high=100000
     )
     batch_size: int = option(
-        8, "Images per step, at least 2; lower it if memory runs out.", "Training", low=2, high=4096
+        8,
+        "Images per step in each process, at least 2; lower it if memory runs out.",
+        "Training",
+        low=2,
+        high=4096,
     )
     learning_rate: float = option(3e-4, "Adam's step size at the start.", "Training", low=1e-8, high=1.0)
     lr_floor: float = option(
@@ -181,6 +185,24 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Where to compute; auto takes a GPU if there is one.", "Machine"
     )
+    devices: int | None = option(
+        None,
+        "Processes on this machine, one a GPU; on a CPU they divide the cores. Default: torchrun's number, "
+        "else 1.",
+        "Machine",
+        low=1,
+        high=1024,
+    )
+    num_nodes: int | None = option(
+        None,
+        "Machines that train together; each needs MASTER_ADDR, MASTER_PORT and its NODE_RANK, or torchrun.",
+        "Machine",
+        low=1,
+        high=4096,
+    )
+    strategy: Literal["auto", "ddp"] = option(
+        "auto", "How several processes share the work: data parallel (ddp) is the one way.", "Machine"
+    )
     precision: Literal["32", "bf16", "16"] = option(
         "32", "Bits of the arithmetic; bf16 and 16 are for GPUs.", "Machine"
     )
@@ -196,9 +218,15 @@ class TrainConfig:
     workers: int = option(
         0, "Extra processes that read images, 0 reads in the main one.", "Machine", low=0, high=256
     )
-    cache_mb: int = option(1024, "Memory for decoded images, in MB.", "Machine", low=0, high=1 << 20)
+    cache_mb: int = option(
+        1024,
+        "Memory for decoded images, in MB; the processes of a machine share it.",
+        "Machine",
+        low=0,
+        high=1 << 20,
+    )
 
-    RUNTIME = ("out", "device", "threads", "workers", "cache_mb")
+    RUNTIME = ("out", "device", "devices", "num_nodes", "strategy", "threads", "workers", "cache_mb")
 
     def checked(self) -> TrainConfig:
         """Returns self, or raises UserError with one line naming the first wrong setting."""
@@ -378,6 +406,9 @@ def check_ranges(config: Any) -> None:
             raise UserError(
                 f"{flag(item.name)} {value}: must be one of {', '.join(map(str, get_args(hint)))}"
             )
+        if value is None:
+            continue
+        hint = int if hint == int | None else hint
         if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, hint))):
             raise UserError(
                 f"{flag(item.name)} {value!r}: must be {'a whole number' if hint is int else 'a number'}"

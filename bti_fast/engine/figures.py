@@ -78,7 +78,7 @@ def reliability(found: Mapping[str, Sequence[Any]], ece: float | None, title: st
 
 def risk_coverage(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Failure rate among the accepted cases, as metrics.risk_coverage gives it for each signal."""
-    figure, axes = new_figure()
+    figure, axes = new_figure(4.8, 5.0)
     for (name, curve), colour in zip(found.items(), itertools.cycle(COLOURS), strict=False):
         if curve["coverage"]:
             aurc = "n/a" if curve["aurc"] is None else f"{curve['aurc']:.3f}"
@@ -89,7 +89,8 @@ def risk_coverage(found: Mapping[str, Mapping[str, Any]]) -> Figure:
         xlabel="share of cases kept, least doubtful first", ylabel="failure rate", title="Risk and coverage"
     )
     axes.set(xlim=(0, 1.02), ylim=(-0.02, None))
-    axes.legend(frameon=False, title="AURC", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+    axes.legend(frameon=False, title="AURC", fontsize="small", **below)
     return figure
 
 

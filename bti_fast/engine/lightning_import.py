@@ -34,8 +34,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lightning.pytorch as lightning
     from lightning.pytorch.plugins.precision import MixedPrecision
+    from lightning.pytorch.strategies import DDPStrategy
 
 for _name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # its hardware report and advertisements
 
-__all__ = ["MixedPrecision", "lightning"]
+__all__ = ["DDPStrategy", "MixedPrecision", "lightning"]

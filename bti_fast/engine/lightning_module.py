@@ -10,15 +10,18 @@ from torch import Tensor
 
 from bti_fast import losses
 from bti_fast.data import CaseDataset
+from bti_fast.engine import collective
 from bti_fast.engine.config import TrainConfig
 from bti_fast.engine.lightning_import import lightning
 from bti_fast.engine.loaders import count_classes, start_epoch
 from bti_fast.engine.schedule import Counters, cosine_share
 from bti_fast.errors import UserError
+from bti_fast.losses.gates import SCALINGS
 from bti_fast.models import BTINet
 
 ADAM_BETAS = (0.91, 0.999)
 IOU_SHARE, ACCURACY_SHARE = 0.7, 0.3
+RANK_STRIDE = 10**15  # far more than any seed of one process
 
 
 class Stage(lightning.LightningModule):
@@ -36,7 +39,9 @@ class Stage(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         epoch = self.current_epoch
         # Every epoch starts from a generator of its own, so a resumed run needs no stored generator state.
-        torch.manual_seed((self.config.seed * 1_000_003 + self.number * 100_003 + epoch) % 2**63)
+        seed = self.config.seed * 1_000_003 + self.number * 100_003 + epoch
+        # Of its own in each process, too: else all would drop the same features.
+        torch.manual_seed((seed + collective.rank() * RANK_STRIDE) % 2**63)
         start_epoch(self.trainer.train_dataloader, epoch)
         self._sums.clear()
 
@@ -47,8 +52,26 @@ class Stage(lightning.LightningModule):
         total[1] = total[1] + count
 
     def means(self) -> dict[str, float]:
-        """The running means so far; a name without samples is left out."""
-        return {name: float(total) / int(count) for name, (total, count) in self._sums.items() if int(count)}
+        """The running means so far, over all processes; a name without samples is left out."""
+        own = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+        joint = collective.added_up(own)
+        return {name: total / count for name, (total, count) in joint.items() if count}
+
+    def shares(self, batch: dict[str, Any]) -> tuple[float | Tensor, float | Tensor, int | Tensor]:
+        """Factors of the mask and the class loss, and the count of the training loss, of this process's part
+        of a joint batch.
+
+        DDP averages gradients over the processes; with these factors the average is the gradient of means
+        over the samples of the joint batch that have the truth, however these are spread.
+        """
+        if collective.world() == 1:
+            return 1.0, 1.0, len(batch["id"])
+        has_mask, has_label = batch["has_mask"], batch["has_label"]
+        own = torch.stack((has_mask.sum(), has_label.sum(), torch.full_like(has_mask.sum(), len(has_mask))))
+        joint = collective.joint_sum(own)
+        seg, cls, _ = (own * collective.world() / joint.clamp(min=1)).unbind()
+        # The losses of the processes average to the joint one, so each counts for as many samples.
+        return seg, cls, joint[2] / collective.world()
 
     def finish_epoch(self, extra: dict[str, float]) -> None:
         """Builds the epoch's record; UserError where a loss is not a number."""
@@ -112,16 +135,20 @@ class TaskStage(Stage):
         self._set_learning_rate(self.config.learning_rate * share)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        seg_share, cls_share, count = self.shares(batch)
         out = self.model(batch["image"])
-        seg, cls, auxiliary = self._losses(out, batch)
+        seg, cls, auxiliary = self._losses(out, batch, (seg_share, cls_share))
         w_seg, w_cls = self.loss_weights()
-        total = w_seg * seg + w_cls * cls + auxiliary
-        self.add("train_loss", total, len(batch["id"]))
+        total = w_seg * (seg * seg_share) + w_cls * (cls * cls_share) + auxiliary
+        self.add("train_loss", total, count)
         self.add("train_seg_loss", seg, batch["has_mask"].sum())
         self.add("train_cls_loss", cls, batch["has_label"].sum())
         return total
 
-    def _losses(self, out: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(
+        self, out: Any, batch: dict[str, Any], shares: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask and class loss, and the auxiliary one with the shares of `shares()` in it."""
         mask, label, has_mask, has_label = (batch[key] for key in ("mask", "label", "has_mask", "has_label"))
         boundary = self.config.boundary
         seg = losses.segmentation_loss(out.seg_logits, mask, has_mask, boundary=boundary)
@@ -135,6 +162,7 @@ class TaskStage(Stage):
             has_mask,
             has_label,
             boundary=boundary,
+            task_weights=shares,
             class_weights=weights,
         )
         return seg, cls, auxiliary
@@ -143,6 +171,8 @@ class TaskStage(Stage):
         self._overlap = [0.0, 0.0, 0.0, 0.0]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if not batch["id"]:
+            return
         out = self.model(batch["image"])
         seg, cls, _ = self._losses(out, batch)
         has_mask, has_label = batch["has_mask"], batch["has_label"]
@@ -168,7 +198,12 @@ class TaskStage(Stage):
         means = self.means()
         iou, accuracy = means.get("val_iou"), means.get("val_accuracy")
         if self.config.truncated_iou and iou is not None:
-            shares = [i / u for i, u in zip(self._overlap[::2], self._overlap[1::2], strict=True) if u]
+            pairs = zip(
+                ("background", "lesion"),
+                zip(self._overlap[::2], self._overlap[1::2], strict=True),
+                strict=True,
+            )
+            shares = [i / u for i, u in collective.added_up(dict(pairs)).values() if u]
             iou = sum(shares) / len(shares)
         score = selection_score(iou, accuracy)
         weights = dict(zip(("val_seg_loss", "val_cls_loss"), self.loss_weights(), strict=True))
@@ -193,12 +228,15 @@ class GateStage(Stage):
 
     number = 2
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def __init__(self, model: BTINet, config: TrainConfig, counters: Counters) -> None:
+        super().__init__(model, config, counters)
+        # Here, before DDP looks which gradients it has to average.
         self.model.requires_grad_(False)
-        parameters = list(self.model.gate_parameters())
-        for parameter in parameters:
+        for parameter in self.model.gate_parameters():
             parameter.requires_grad_(True)
-        return self._adam(parameters, self.config.gate_learning_rate)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self._adam(list(self.model.gate_parameters()), self.config.gate_learning_rate)
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -213,15 +251,29 @@ class GateStage(Stage):
             out.cls_logits,
             batch["has_mask"],
             batch["has_label"],
-            scaling=self.config.gate_targets,
+            scaling=self._scaled,
         )
 
+    def _scaled(self, difficulty: Tensor, has: Tensor) -> Tensor:
+        """Difficulties scaled within the joint batch of all processes."""
+        scale = SCALINGS[self.config.gate_targets]
+        joint, own = collective.gathered(difficulty)
+        return scale(joint, collective.gathered(has)[0])[own]
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        seg_share, cls_share, count = self.shares(batch)
         seg, cls = self._losses(batch)
-        self.add("train_loss", seg + cls, len(batch["id"]))
-        return seg + cls
+        total = seg * seg_share + cls * cls_share
+        self.add("train_loss", total, count)
+        return total
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if not batch["id"]:
+            for _ in range(2):  # the other processes ask for the difficulties of both tasks
+                self._scaled(
+                    torch.zeros(0, device=self.device), torch.zeros(0, dtype=torch.bool, device=self.device)
+                )
+            return
         seg, cls = self._losses(batch)
         self.add("val_w_seg_loss", seg, batch["has_mask"].sum())
         self.add("val_w_cls_loss", cls, batch["has_label"].sum())

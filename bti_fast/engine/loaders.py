@@ -22,14 +22,23 @@ SPLITS = ("train", "val", "test")
 class EpochBatches(Sampler[list[int]]):
     """Batches of shuffled indices that depend on (seed, epoch) alone.
 
-    With weights, one a case, indices are drawn with replacement in their proportion instead. A last batch of
-    one joins the batch before it: BatchNorm needs two.
+    With weights, one a case, indices are drawn with replacement in their proportion instead. Of `world`
+    processes, the one of number `rank` gets its share of each joint batch of world * batch_size. A last batch
+    too small for a case a process, or of one case, joins the batch before it: BatchNorm needs two.
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int, weights: Sequence[float] | None = None
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size * world, seed, 0
+        self.rank, self.world = rank, world
         self.weights = None if weights is None else list(weights)
 
     def set_epoch(self, epoch: int) -> None:
@@ -38,14 +47,14 @@ class EpochBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         full, rest = divmod(self.count, self.batch_size)
-        return max(1, full + (rest > 1))
+        return max(1, full + (rest >= max(2, self.world)))
 
     def __iter__(self) -> Iterator[list[int]]:
         # A string seed is hashed the same way on every machine.
         order = self._order(random.Random(f"{self.seed}/{self.epoch}"))
         cuts = [self.batch_size * i for i in range(len(self))] + [self.count]
         for start, stop in zip(cuts, cuts[1:], strict=False):
-            yield order[start:stop]
+            yield share_of(order[start:stop], self.rank, self.world)
 
     def _order(self, generator: random.Random) -> list[int]:
         if self.weights is not None:
@@ -53,6 +62,29 @@ class EpochBatches(Sampler[list[int]]):
         order = list(range(self.count))
         generator.shuffle(order)
         return order
+
+
+class OrderedBatches(Sampler[list[int]]):
+    """All indices once, in order, in joint batches of world * batch_size that the processes divide.
+
+    Every process gets as many batches as the others; its share of the last may be empty.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int, world: int) -> None:
+        self.count, self.batch_size, self.rank, self.world = count, batch_size * world, rank, world
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, self.count, self.batch_size):
+            joint = range(start, min(start + self.batch_size, self.count))
+            yield share_of(joint, self.rank, self.world)
+
+
+def share_of(joint: Sequence[int], rank: int, world: int) -> list[int]:
+    """What one of the processes gets of a joint batch: a run of it, as long as the others' or one shorter."""
+    return list(joint[len(joint) * rank // world : len(joint) * (rank + 1) // world])
 
 
 def balanced_weights(labels: Sequence[str | None]) -> list[float]:
@@ -66,11 +98,21 @@ def balanced_weights(labels: Sequence[str | None]) -> list[float]:
 
 
 def training_loader(
-    dataset: CaseDataset, batch_size: int, seed: int, workers: int, *, balanced: bool = False
+    dataset: CaseDataset,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    *,
+    balanced: bool = False,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader[dict[str, Any]]:
-    """Shuffled batches, or drawn with replacement where balanced; call start_epoch before each pass."""
+    """Shuffled batches, or drawn with replacement where balanced; call start_epoch before each pass.
+
+    batch_size is that of each of the processes.
+    """
     weights = balanced_weights([case.label for case in dataset.cases]) if balanced else None
-    batches = EpochBatches(len(dataset), batch_size, seed, weights)
+    batches = EpochBatches(len(dataset), batch_size, seed, weights, rank=rank, world=world)
     return _loader(dataset, workers, batch_sampler=batches)
 
 
@@ -80,9 +122,23 @@ def start_epoch(loader: DataLoader[dict[str, Any]], epoch: int) -> None:
     loader.dataset.set_epoch(epoch)
 
 
-def ordered_loader(dataset: CaseDataset, batch_size: int, workers: int) -> DataLoader[dict[str, Any]]:
-    """All cases once, in order."""
-    return _loader(dataset, workers, batch_size=batch_size, shuffle=False)
+def ordered_loader(
+    dataset: CaseDataset, batch_size: int, workers: int, *, rank: int = 0, world: int = 1
+) -> DataLoader[dict[str, Any]]:
+    """All cases once, in order; of several processes each has its share of them.
+
+    A process may get an empty batch, {"id": []}, so that all take as many steps.
+    """
+    if world == 1:
+        return _loader(dataset, workers, batch_size=batch_size, shuffle=False)
+    batches = OrderedBatches(len(dataset), batch_size, rank, world)
+    return _loader(dataset, workers, batch_sampler=batches, collate_fn=_collated)
+
+
+def _collated(items: list[dict[str, Any]]) -> dict[str, Any]:
+    from torch.utils.data import default_collate
+
+    return default_collate(items) if items else {"id": []}
 
 
 def _loader(dataset: CaseDataset, workers: int, **order: Any) -> DataLoader[dict[str, Any]]:

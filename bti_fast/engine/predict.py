@@ -19,7 +19,7 @@ from bti_fast.data import read_image
 from bti_fast.data.images import SUFFIXES
 from bti_fast.engine import run_folder
 from bti_fast.engine.config import PredictConfig
-from bti_fast.engine.device import choose_device, set_threads
+from bti_fast.engine.device import choose_device, prepare_cpu
 from bti_fast.engine.figures import token_attention, write_png
 from bti_fast.engine.files import output_folder, write_csv, write_json
 from bti_fast.engine.inference import REFERRAL, Prediction, attention_modules, class_names, predict_images
@@ -61,7 +61,7 @@ def predict(
         raise UserError(f"{bad[0][0]}: {bad[0][1]}" if bad else f"{config.images[0]}: no image in it")
     folder = output_folder(config.out, marker=TABLE_JSON, overwrite=config.overwrite)
     device = choose_device(config.device)
-    set_threads(config.threads)
+    prepare_cpu(config.threads)
     model = run_folder.load_model(weights, encoder)
     if config.attention and not attention_modules(model):
         raise UserError(

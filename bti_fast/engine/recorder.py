@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bti_fast.engine import run_folder
+from bti_fast.engine import collective, run_folder
 from bti_fast.engine.config import TrainConfig
 from bti_fast.engine.files import write_csv
 from bti_fast.engine.lightning_import import lightning
@@ -22,10 +22,23 @@ SHOWN = ("train_loss", "val_loss", "val_iou", "val_accuracy")
 
 
 class RunLog:
-    """The history of a run and every file that follows from it; one for both stages."""
+    """The history of a run and every file that follows from it; one for both stages.
 
-    def __init__(self, folder: Path, config: TrainConfig, metadata: dict[str, Any], console: Console) -> None:
+    Each process keeps the history, the first one alone (`writes`) the files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        metadata: dict[str, Any],
+        console: Console,
+        *,
+        writes: bool = True,
+    ) -> None:
         self.folder, self.config, self.metadata, self.console = folder, config, metadata, console
+        self.writes = writes
+        self.images, self.seconds = 0, 0.0  # trained on by all processes in stage 1, since this start
         self.history: list[dict[str, Any]] = []
         self.best = ""
         self.kept: set[str] = set()
@@ -34,6 +47,8 @@ class RunLog:
     def start(self, history: list[dict[str, Any]], best: str, kept: set[str]) -> None:
         """Takes up a run after `history`; whatever a killed process wrote beyond it is put right."""
         self.history, self.best, self.kept = list(history), best, set(kept)
+        if not self.writes:
+            return
         if best:
             run_folder.publish(self.folder, best, self.kept)
         if self.history:
@@ -47,22 +62,30 @@ class RunLog:
 
     def save(self, stage: int, epoch: int, model: Any, optimizer: dict | None, **more: Any) -> None:
         """Writes the resume state: `epoch` epochs of `stage` are done."""
+        if not self.writes:
+            return
         save_state(
             self.folder,
             {
                 "stage": stage,
                 "epoch": epoch,
                 "finished": False,
-                "model": model.state_dict(),
+                "model": {} if model is None else model.state_dict(),
                 "optimizer": optimizer,
                 "counters": None,
                 "history": self.history,
                 "best": self.best,
                 "kept": sorted(self.kept),
                 "threads": torch.get_num_threads(),
+                "processes": collective.world(),
                 **more,
             },
         )
+
+    def say(self, text: str) -> None:
+        """Prints a line as it is, in the process that writes."""
+        if self.writes:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def write_logs(self) -> None:
         """Brings metrics.csv and TensorBoard up to the last epoch of the history."""
@@ -90,10 +113,15 @@ class EpochRecorder(lightning.Callback):
 
     def __init__(self, run: RunLog, limit: int) -> None:
         self.run, self.limit = run, limit
-        self._began = 0.0
+        self._began = self._trained = 0.0
 
     def on_train_epoch_start(self, trainer: Any, module: Stage) -> None:
         self._began = time.perf_counter()
+
+    def on_validation_start(self, trainer: Any, module: Stage) -> None:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        self._trained = time.perf_counter() - self._began
 
     def on_train_epoch_end(self, trainer: Any, module: Stage) -> None:
         run, config, epoch = self.run, self.run.config, module.current_epoch
@@ -101,7 +129,9 @@ class EpochRecorder(lightning.Callback):
         run.history.append(
             {"stage": module.number, "epoch": epoch + 1, "seconds": round(seconds, 3), **module.record}
         )
+        images = len(trainer.train_dataloader.dataset)
         if module.number == 1:
+            run.images, run.seconds = run.images + images, run.seconds + self._trained
             best = module.counters.update(
                 epoch,
                 module.record["val_score"],
@@ -116,6 +146,15 @@ class EpochRecorder(lightning.Callback):
             stop = module.counters.stalled >= config.gate_patience
         if best:
             run.best = f"stage{module.number}-epoch{epoch + 1:04d}.safetensors"
+        if run.writes:
+            self._write(trainer, module, best, stop)
+            line = f"{self._line(epoch, module, seconds)}  {images / self._trained:.1f} images/s"
+            run.say(line + ("  best so far" if best else ""))
+        trainer.should_stop = stop
+
+    def _write(self, trainer: Any, module: Stage, best: bool, stop: bool) -> None:
+        run, epoch = self.run, module.current_epoch
+        if best:
             metadata = {**run.metadata, "stage": module.number, "epoch": epoch + 1}
             run_folder.save_weights(run.folder / run_folder.CHECKPOINTS / run.best, module.model, metadata)
         run.save(
@@ -130,17 +169,12 @@ class EpochRecorder(lightning.Callback):
         if best:
             run_folder.publish(run.folder, run.best, run.kept)
         run.write_logs()
-        run.console.print(
-            self._line(epoch, module, seconds, best), markup=False, highlight=False, soft_wrap=True
-        )
-        trainer.should_stop = stop
 
-    def _line(self, epoch: int, module: Stage, seconds: float, best: bool) -> str:
+    def _line(self, epoch: int, module: Stage, seconds: float) -> str:
         values = "  ".join(
             f"{name.replace('_', ' ')} {module.record[name]:.4f}" for name in SHOWN if name in module.record
         )
-        mark = "  best so far" if best else ""
-        return f"stage {module.number}  epoch {epoch + 1}/{self.limit}  {values}  {seconds:.1f} s{mark}"
+        return f"stage {module.number}  epoch {epoch + 1}/{self.limit}  {values}  {seconds:.1f} s"
 
 
 class BatchBar(lightning.Callback):

@@ -29,12 +29,17 @@ def new_run(path: str | Path) -> Path:
     return output_folder(folder)
 
 
-def open_run(path: str | Path) -> Path:
-    """A run folder to be continued; UserError if it holds no run or cannot be written."""
+def find_run(path: str | Path) -> Path:
+    """A folder that holds a run; UserError if it does not."""
     folder = Path(path)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no {CONFIG} in it, so there is no run to resume")
-    output_folder(folder)
+    return folder
+
+
+def open_run(path: str | Path) -> Path:
+    """A run folder to be continued; UserError if it holds no run or cannot be written."""
+    folder = output_folder(find_run(path))
     for place in (folder, folder / CHECKPOINTS):
         sweep_parts(place)
     return folder

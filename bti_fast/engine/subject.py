@@ -15,7 +15,7 @@ from bti_fast import metrics
 from bti_fast.data import Case, DatasetIndex, read_dataset, read_image
 from bti_fast.engine import run_folder
 from bti_fast.engine.config import RunConfig
-from bti_fast.engine.device import choose_device, set_threads
+from bti_fast.engine.device import choose_device, prepare_cpu
 from bti_fast.engine.files import output_folder
 from bti_fast.engine.inference import MASK_THRESHOLD, Prediction, class_names, predict_images
 from bti_fast.engine.loaders import read_split
@@ -98,7 +98,7 @@ def open_subject(
     target = Path(config.out) if config.out is not None else run / command
     folder = output_folder(target, marker=marker, overwrite=config.overwrite)
     device = choose_device(config.device)
-    set_threads(config.threads)
+    prepare_cpu(config.threads)
     model = run_folder.load_model(weights, encoder)
     index = _read(config, run, console)
     own = run is not None and getattr(config, "split", None) != "all"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +13,8 @@ from bti_fast.losses.segmentation import prepare_masks, probabilities, soft_iou
 
 GATE_EPS = 1e-6
 
-Scaling = Literal["rank", "minmax"]
+# Or a function of difficulties (B,) and who has one (B,) bool -> (B,).
+Scaling = Literal["rank", "minmax"] | Callable[[Tensor, Tensor], Tensor]
 
 
 def rank_scale(difficulty: Tensor, has: Tensor | None = None) -> Tensor:
@@ -48,6 +49,9 @@ def minmax_scale(difficulty: Tensor, has: Tensor | None = None) -> Tensor:
     return only_where(has, scaled.clamp(GATE_EPS, 1 - GATE_EPS))
 
 
+SCALINGS = {"rank": rank_scale, "minmax": minmax_scale}
+
+
 def gate_cross_entropy(gate: Tensor, target: Tensor) -> Tensor:
     """Binary cross-entropy of gates against targets of the same shape, elementwise, the gates kept 1e-6
     inside [0, 1]."""
@@ -70,9 +74,9 @@ def gate_targets(
     For w_seg 1 - soft IoU (for K > 1 classes its mean over the classes present in the mask), for w_cls 1 -
     greatest class probability, each scaled within the batch over the samples that have the truth.
     """
-    if scaling not in ("rank", "minmax"):
+    if not callable(scaling) and scaling not in SCALINGS:
         raise ValueError(f'scaling: got {scaling!r}, needs "rank" or "minmax"')
-    scale = rank_scale if scaling == "rank" else minmax_scale
+    scale = scaling if callable(scaling) else SCALINGS[scaling]
     with torch.no_grad(), without_autocast(seg_logits):
         seg_has, seg_logits, mask = prepare_masks(seg_logits, mask, has_mask)
         present = mask.flatten(2).amax(2) > 0
@@ -113,8 +117,8 @@ def gate_losses(
     gates: one (B, 2) tensor [w_seg, w_cls] in [0, 1] a level; seg_logits, mask and has_mask as in
     segmentation_loss; cls_logits (B, L); the class itself is not looked at (a difficulty is 1 - confidence),
     but has_label (B,) bool leaves samples out. scaling="rank": targets are ranks within the batch; "minmax"
-    is the published scaling, under which a batch of one always asks for open gates. Gradients reach the gates
-    only. ValueError where there are no gates.
+    is the published scaling, under which a batch of one always asks for open gates; a function is for batches
+    of which this process sees a part. Gradients reach the gates only. ValueError where there are no gates.
     """
     if not gates:
         raise ValueError(

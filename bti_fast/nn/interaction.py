@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bti_fast import ops
 from bti_fast.nn.checks import check_features, check_logits, check_map
 from bti_fast.nn.cross_decoder_attention import CrossDecoderAttention
+from bti_fast.nn.synchronised import synchronises
 from bti_fast.nn.task_interaction import TaskInteraction, UncertaintyProxyAttention, operator_weights
 
 
@@ -135,19 +136,23 @@ class GatedInteraction(nn.Module):
             seg, cls = self.attention(seg, cls)
         vector = cls.mean(1) if cls.ndim == 3 else cls  # [B, F]
         if self.uncertainty == "proxy":
-            seg_out, vector_out, gates, signals = ops.task_interaction(
-                seg,
-                vector,
-                operator_weights(self.tim, self.upa),
-                tau=self.tau,
-                training=self.tim.s2c_bn.training,
-            )
+            seg_out, vector_out, gates, signals = self._task_interaction(seg, vector)
             auxiliary = (None, None)
         else:
             seg_logits, cls_logits, auxiliary = self._logits(seg, vector, seg_logits, cls_logits)
             seg_out, vector_out, gates, signals = self.exchange(seg, vector, seg_logits, cls_logits)
         cls_out = cls + (vector_out - vector)[:, None] if cls.ndim == 3 else vector_out
         return GatedInteractionOutput(seg_out, cls_out, gates, signals, *auxiliary)
+
+    def _task_interaction(self, seg: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """seg', cls', gates and signals of the paper's module."""
+        norm = self.tim.s2c_bn
+        if synchronises(norm):
+            # The operator knows the statistics of this process's batch alone.
+            told = self.tim(seg, vector)
+            return self.upa(seg, told.seg, vector, told.cls)
+        weights = operator_weights(self.tim, self.upa)
+        return ops.task_interaction(seg, vector, weights, tau=self.tau, training=norm.training)
 
     def _logits(
         self, seg: Tensor, cls: Tensor, seg_logits: Tensor | None, cls_logits: Tensor | None
