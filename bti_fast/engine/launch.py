@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -40,12 +41,14 @@ def launch(
     context = multiprocessing.get_context("spawn")
     own_screen = console is None or console.file is None or console.stderr
     width = None if own_screen else console.width
+    # As bytes: given as they are, tensors would lie in memory that the processes share.
+    call = pickle.dumps((function, arguments))
     workers: list[tuple[Any, Connection]] = []
     try:
         with _interrupts_ignored():  # which the new processes inherit: Ctrl-C is for this one to handle
             for place in places:
                 receiver, sender = context.Pipe(duplex=False)
-                work = (sender, {**address, **place.environment()}, width, function, arguments, place)
+                work = (sender, {**address, **place.environment()}, width, call, place)
                 process = context.Process(target=_work, args=work)
                 process.start()
                 sender.close()
@@ -63,12 +66,12 @@ def _work(
     sender: Connection,
     environment: Mapping[str, str],
     width: int | None,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    call: bytes,
     place: Place,
 ) -> None:
     """The whole of a started process."""
     os.environ.update(environment)
+    function, arguments = pickle.loads(call)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     console = Console(stderr=True) if width is None else Console(file=_Sender(sender), width=width)
     try:
