@@ -226,7 +226,10 @@ class TrainConfig:
         high=1 << 20,
     )
 
-    RUNTIME = ("out", "device", "devices", "num_nodes", "strategy", "threads", "workers", "cache_mb")
+    RUNTIME = (
+        *("out", "device", "devices", "num_nodes", "strategy", "activation_checkpointing"),
+        *("threads", "workers", "cache_mb"),
+    )
 
     def checked(self) -> TrainConfig:
         """Returns self, or raises UserError with one line naming the first wrong setting."""
