@@ -6,9 +6,9 @@
 Steps: contract (the operators' contract tests on CUDA tensors), memcheck and racecheck (compute-sanitizer on
 a small case), graphs (capture and replay), operators-1 to operators-4 (speed at one level each, cold L2),
 attention (cross_attention against pinned SDPA backends), small-batch (batch 8 under CUDA graphs), network (a
-training step of BTINet with and without interactions), busi, ham10000 and brisc2025 (both stages trained at 224
-px from packs/NAME.zip, and evaluated), ablation (the interactions on BUSI). These four need the training extra;
-ended by the limit, they go on when called again.
+training step of BTINet with and without interactions), busi, ham10000 and brisc2025 (both stages trained at
+224 px from packs/NAME.zip, and evaluated), ablation (the interactions on BUSI). These four need the training
+extra; ended by the limit, they go on when called again.
 """
 
 from __future__ import annotations
