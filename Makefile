@@ -33,7 +33,7 @@ benchmark: $(VENV)/.train
 
 # What the compilers make of the Triton and (with nvcc) CUDA kernels for sm_80, sm_90, sm_100, gfx942; needs no GPU.
 kernel-report: $(VENV)/.test
-	$(BIN)/python benchmarks/kernel_report.py
+	$(BIN)/python benchmarks/kernel_report.py --markdown benchmarks/results/kernel-report.md
 
 # The operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ library.
 sanitize: $(VENV)/.test

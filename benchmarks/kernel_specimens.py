@@ -98,11 +98,10 @@ def _fusion_pair(kernels, name: str, x: Tensor, classes: int, wide: bool) -> lis
 
 
 def task_interaction_specimens() -> list[Specimen]:
-    kernels = importlib.import_module("bti_fast.kernels.task_interaction")
     forward = importlib.import_module("bti_fast.kernels.gate_algebra").gate_algebra
     backward = importlib.import_module("bti_fast.kernels.gate_algebra_backward").gate_algebra_backward
     made = []
-    for channels, _ in LEVELS.values():
+    for channels in (384, 48):  # of the levels the most and the fewest
         inputs = meta(BATCH, channels + channels // 2 + 1), meta(BATCH, 256), _vectors(channels), 0.7
         grads = meta(BATCH, channels), meta(BATCH, 256), meta(BATCH, 2), meta(BATCH, 3)
         for name, training in (("gates", False), ("gates, training", True)):
@@ -111,11 +110,11 @@ def task_interaction_specimens() -> list[Specimen]:
             made.append(Specimen("task_interaction", f"forward {name} C={channels}", call))
             made.append(Specimen("task_interaction", f"backward {name} C={channels}", pull))
     for name, x, wide in maps():
-        made += _interaction_pair(kernels, name, x, x.dtype, wide)
+        made += _interaction_pair(name, x, x.dtype, wide)
         if name == "bf16 96x56":
-            made += _interaction_pair(kernels, f"{name}, fp32 W1", x, torch.float32, wide)
+            made += _interaction_pair(f"{name}, fp32 W1", x, torch.float32, wide)
     many = meta(BATCH, 640, 56, 56, dtype=torch.bfloat16)  # more hidden channels than one chunk holds
-    return made + _interaction_pair(kernels, "bf16 640x56", many, torch.bfloat16, True)
+    return made + _interaction_pair("bf16 640x56", many, torch.bfloat16, True)
 
 
 def _vectors(channels: int, features: int = 256) -> list[Tensor]:
@@ -127,19 +126,21 @@ def _vectors(channels: int, features: int = 256) -> list[Tensor]:
     return norm_and_gate + prior_and_gate + signals
 
 
-def _interaction_pair(kernels, name: str, x: Tensor, weight_dtype, wide: bool) -> list[Specimen]:
+def _interaction_pair(name: str, x: Tensor, weight_dtype, wide: bool) -> list[Specimen]:
+    there = importlib.import_module("bti_fast.kernels.task_interaction")
+    back = importlib.import_module("bti_fast.kernels.task_interaction_backward")
     batch, channels = x.shape[:2]
     weight, bias = meta(channels // 2, channels, dtype=weight_dtype), meta(channels // 2)
     scale, summary = meta(batch, channels), meta(batch, channels + channels // 2 + 1)
 
     def forward():
-        kernels.statistics(x, weight, bias)
-        kernels.modulate(x, scale)
+        there.statistics(x, weight, bias)
+        there.modulate(x, scale)
 
     def backward():
         grad = torch.empty_like(x)
-        _, signs = kernels.reduce_gradient(grad, x, weight, bias)
-        kernels.input_gradient(grad, x, weight, signs, scale, summary)
+        _, signs = back.reduce_gradient(grad, x, weight, bias)
+        back.input_gradient(grad, x, weight, signs, scale, summary)
 
     return [
         Specimen("task_interaction", f"forward {name}", forward, wide),

@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import merged_axes, needs_64_bits, program_index, span, store_narrow
+
 # Four warps give every thread 16-byte loads: of fp32 also with AMD's warps of 64, of half precision with 32.
 BLOCK = 1024
 NUM_WARPS = 4
-# Offsets below this fit in int32 with a block to spare.
-INT32_OFFSETS = 2**31 - 4096
 
 
 @triton.jit
@@ -50,135 +50,120 @@ def softmax_sums(a, class_stride, inside, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def position_offsets(index, size1, size2, size3, s0, s1, s2, s3):
-    """Offset of position `index` of a (size0, size1, size2, size3) grid with strides s0 to s3."""
-    offset = (index % size3) * s3
-    index = index // size3
-    offset += (index % size2) * s2
-    index = index // size2
-    return offset + (index % size1) * s1 + (index // size1) * s0
+def entropy(a, class_stride, inside, norm, CLASSES: tl.constexpr):
+    """(u, top, rest, total): normalised entropy, and what its gradient needs; a: as in softmax_sums.
+
+    Of one logit, top is the logit itself and rest is e^-|logit|.
+    """
+    if CLASSES == 1:
+        top = tl.load(a, mask=inside, other=0.0).to(tl.float32)
+        z = tl.abs(top)
+        rest = tl.exp(-z)
+        total = rest
+        h = log1p(rest) + z * rest / (1.0 + rest)
+    else:
+        top, rest, total = softmax_sums(a, class_stride, inside, CLASSES)
+        h = log1p(rest) - total / (1.0 + rest)
+    h *= norm
+    return tl.where(h > 1.0, 1.0, h), top, rest, total  # not minimum, which loses NaN
+
+
+@triton.jit
+def store_logit_gradient(
+    grad, out, out_stride, a, class_stride, top, rest, total, inside, norm, CLASSES: tl.constexpr
+):
+    """Gradient of the logits at a, to pointers `out`, for the gradient of u; top, rest, total: of entropy."""
+    grad *= -norm
+    if CLASSES == 1:
+        store_narrow(out, grad * (top * rest / ((1.0 + rest) * (1.0 + rest))), inside)
+    else:
+        share = 1.0 / (1.0 + rest)
+        centre = total * share
+        for _ in range(CLASSES):
+            d = tl.load(a, mask=inside, other=0.0).to(tl.float32) - top
+            store_narrow(out, grad * (tl.exp(d) * share * (d - centre)), inside)
+            a += class_stride
+            out += out_stride
+
+
+@triton.jit
+def position_offsets(index, sizes, strides):
+    """Offset of position `index` of a grid of four axes; sizes: of the last three."""
+    offset = (index % sizes[2]) * strides[3]
+    index = index // sizes[2]
+    offset += (index % sizes[1]) * strides[2]
+    index = index // sizes[1]
+    return offset + (index % sizes[0]) * strides[1] + (index // sizes[0]) * strides[0]
 
 
 @triton.jit
 def forward_kernel(
     logits,  # (B, K, *spatial), positions as a grid of four axes, any strides
+    logits_strides,  # of those axes
+    class_stride,
     u,  # (B * P) float32, contiguous
     count,  # B * P
-    size1,
-    size2,
-    size3,
-    s0,
-    s1,
-    s2,
-    s3,
-    class_stride,
+    sizes,  # of the last three axes
     norm,  # 1 / log K
     CLASSES: tl.constexpr,
     WIDE: tl.constexpr,  # 64-bit offsets
     BLOCK: tl.constexpr,
 ):
-    start = tl.program_id(0)
-    if WIDE:
-        start = start.to(tl.int64)
-    index = start * BLOCK + tl.arange(0, BLOCK)
+    index = program_index(WIDE) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
-    a = logits + position_offsets(index, size1, size2, size3, s0, s1, s2, s3)
-    if CLASSES == 1:
-        z = tl.abs(tl.load(a, mask=inside, other=0.0).to(tl.float32))
-        e = tl.exp(-z)
-        h = log1p(e) + z * e / (1.0 + e)
-    else:
-        top, rest, total = softmax_sums(a, class_stride, inside, CLASSES)
-        h = log1p(rest) - total / (1.0 + rest)
-    h *= norm
-    tl.store(u + index, tl.where(h > 1.0, 1.0, h), mask=inside)  # not minimum, which loses NaN
+    a = logits + position_offsets(index, sizes, logits_strides)
+    value, _top, _rest, _total = entropy(a, class_stride, inside, norm, CLASSES)
+    tl.store(u + index, value, mask=inside)
 
 
 @triton.jit
 def backward_kernel(
     logits,  # (B, K, *spatial)
-    grad_u,  # (B, *spatial) float32, any strides
-    grad_logits,  # (B, K, *spatial), any strides
-    count,
-    size1,
-    size2,
-    size3,
-    s0,
-    s1,
-    s2,
-    s3,
+    logits_strides,
     class_stride,
-    u0,
-    u1,
-    u2,
-    u3,
-    g0,
-    g1,
-    g2,
-    g3,
+    grad_u,  # (B, *spatial) float32, any strides
+    u_strides,
+    grad_logits,  # (B, K, *spatial), any strides
+    grad_strides,
     grad_class_stride,
+    count,
+    sizes,
     norm,
     CLASSES: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    start = tl.program_id(0)
-    if WIDE:
-        start = start.to(tl.int64)
-    index = start * BLOCK + tl.arange(0, BLOCK)
+    index = program_index(WIDE) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
-    a = logits + position_offsets(index, size1, size2, size3, s0, s1, s2, s3)
-    out = grad_logits + position_offsets(index, size1, size2, size3, g0, g1, g2, g3)
-    grad_u += position_offsets(index, size1, size2, size3, u0, u1, u2, u3)
-    g = tl.load(grad_u, mask=inside, other=0.0) * -norm
-    if CLASSES == 1:
-        x = tl.load(a, mask=inside, other=0.0).to(tl.float32)
-        e = tl.exp(-tl.abs(x))
-        tl.store(out, g * (x * e / ((1.0 + e) * (1.0 + e))), mask=inside)
-    else:
-        top, rest, total = softmax_sums(a, class_stride, inside, CLASSES)
-        scale = 1.0 / (1.0 + rest)
-        t = total * scale
-        for _ in range(CLASSES):
-            d = tl.load(a, mask=inside, other=0.0).to(tl.float32) - top
-            tl.store(out, g * (tl.exp(d) * scale * (d - t)), mask=inside)
-            a += class_stride
-            out += grad_class_stride
+    a = logits + position_offsets(index, sizes, logits_strides)
+    out = grad_logits + position_offsets(index, sizes, grad_strides)
+    g = tl.load(grad_u + position_offsets(index, sizes, u_strides), mask=inside, other=0.0)
+    _u, top, rest, total = entropy(a, class_stride, inside, norm, CLASSES)
+    store_logit_gradient(g, out, grad_class_stride, a, class_stride, top, rest, total, inside, norm, CLASSES)
 
 
-def grid_of(tensors: list[tuple[Tensor, bool]]) -> tuple[list[int], list[list[int]]]:
-    """Sizes and, per tensor, strides of the positions as four axes, merged wherever every tensor allows it.
+def grid_of(tensors: list[tuple[Tensor, bool]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Of the positions as four axes, merged where every tensor allows it: the last three sizes, and strides.
 
     tensors: (tensor, whether it has the class axis 1), all of the same shape but for that axis.
 
     Raises NotImplementedError where more than four axes are left.
     """
     first, with_class = tensors[0]
-    axes = [d for d in range(first.dim()) if not (with_class and d == 1)]
-    sizes: list[int] = []
-    strides: list[list[int]] = [[] for _ in tensors]
-    for position, d in enumerate(axes):
-        size = first.shape[d]
-        if size == 1:
-            continue
-        step = [t.stride(position + 1 if has and position else position) for t, has in tensors]
-        if sizes and all(known[-1] == size * s for known, s in zip(strides, step, strict=True)):
-            sizes[-1] *= size
-            for known, s in zip(strides, step, strict=True):
-                known[-1] = s
-        else:
-            sizes.append(size)
-            for known, s in zip(strides, step, strict=True):
-                known.append(s)
+    axes = [axis for axis in range(first.dim()) if not (with_class and axis == 1)]
+    steps = [
+        [t.stride(place + 1 if has and place else place) for place in range(len(axes))] for t, has in tensors
+    ]
+    sizes, strides = merged_axes([first.shape[axis] for axis in axes], steps)
     if len(sizes) > 4:
         raise NotImplementedError(f"positions with {len(sizes)} axes that do not merge: at most 4")
     padding = 4 - len(sizes)
-    return [1] * padding + sizes, [[0] * padding + known for known in strides]
+    return tuple(([1] * padding + sizes)[1:]), [(*[0] * padding, *known) for known in strides]
 
 
-def span(tensor: Tensor) -> int:
-    """The largest element offset in the tensor."""
-    return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+def norm_of(classes: int) -> float:
+    """1 / log K, what makes an entropy over K classes one of [0, 1]; of one logit, over two."""
+    return 1.0 / math.log(max(classes, 2))
 
 
 def entropy_uncertainty(logits: Tensor) -> Tensor:
@@ -187,17 +172,16 @@ def entropy_uncertainty(logits: Tensor) -> Tensor:
     if u.numel() == 0:
         return u
     sizes, (strides,) = grid_of([(logits, True)])
-    classes = logits.shape[1]
     forward_kernel[(triton.cdiv(u.numel(), BLOCK),)](
         logits,
+        strides,
+        logits.stride(1),
         u,
         u.numel(),
-        *sizes[1:],
-        *strides,
-        logits.stride(1),
-        1.0 / math.log(max(classes, 2)),
-        CLASSES=classes,
-        WIDE=max(span(logits), u.numel()) >= INT32_OFFSETS,
+        sizes,
+        norm_of(logits.shape[1]),
+        CLASSES=logits.shape[1],
+        WIDE=needs_64_bits(span(logits), u.numel()),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )
@@ -209,22 +193,21 @@ def entropy_uncertainty_backward(grad_u: Tensor, logits: Tensor) -> Tensor:
     grad = torch.empty_like(logits)
     if grad.numel() == 0:
         return grad
-    sizes, (strides, u_strides, g_strides) = grid_of([(logits, True), (grad_u, False), (grad, True)])
-    classes = logits.shape[1]
+    sizes, (strides, u_strides, grad_strides) = grid_of([(logits, True), (grad_u, False), (grad, True)])
     backward_kernel[(triton.cdiv(grad_u.numel(), BLOCK),)](
         logits,
-        grad_u,
-        grad,
-        grad_u.numel(),
-        *sizes[1:],
-        *strides,
+        strides,
         logits.stride(1),
-        *u_strides,
-        *g_strides,
+        grad_u,
+        u_strides,
+        grad,
+        grad_strides,
         grad.stride(1),
-        1.0 / math.log(max(classes, 2)),
-        CLASSES=classes,
-        WIDE=max(span(logits), span(grad), span(grad_u), grad_u.numel()) >= INT32_OFFSETS,
+        grad_u.numel(),
+        sizes,
+        norm_of(logits.shape[1]),
+        CLASSES=logits.shape[1],
+        WIDE=needs_64_bits(span(logits), span(grad), span(grad_u), grad_u.numel()),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )

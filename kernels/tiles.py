@@ -6,14 +6,15 @@ each other in memory is in format PLANES, one whose channels do in LAST (channel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 ANY = tl.constexpr(0)
 PLANES = tl.constexpr(1)
@@ -22,37 +23,94 @@ LAST = tl.constexpr(2)
 INT32_OFFSETS = 2**31 - 2**20
 # Where no device can be asked: the multiprocessors of an H100 or H200.
 MULTIPROCESSORS = 132
+# Whether the kernels run in Triton's interpreter, as triton.jit decides when it defines them.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Place(NamedTuple):
+    """Where a kernel finds one tensor; one argument, named after the tensor: `x_at` for `x`."""
+
+    batch: int  # strides in elements; in formats PLANES and LAST divided by align
+    channel: int
+    depth: int
+    row: int
+    column: int
+    format: tl.constexpr
+    align: tl.constexpr
+
+
+class Space(NamedTuple):
+    """The positions of one sample, and how they are cut into tiles."""
+
+    positions: int  # P / align
+    tiles: int
+    rows: int  # the two last of three spatial axes, those merged that every tensor allows to be
+    columns: int
+    align: tl.constexpr
 
 
 @triton.jit
-def map_offsets(b, c, p, size2, size3, sb, sc, s1, s2, s3, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
+def program_index(WIDE: tl.constexpr):
+    """The index of this program, from which all offsets follow: WIDE makes them 64 bits long."""
+    index = tl.program_id(0)
+    if WIDE:
+        index = index.to(tl.int64)
+    return index
+
+
+@triton.jit
+def tile_positions(space, tile, BLOCK_P: tl.constexpr):
+    """(the positions of a tile, which of them there are, how many a sample has)."""
+    positions = space.positions * space.align
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    return p, p < positions, positions
+
+
+@triton.jit
+def map_offsets(b, c, p, space, at):
     """Offsets of channels c at positions p of sample b, in the shape that c and p broadcast to.
 
-    The strides of formats PLANES and LAST come divided by ALIGN; multiplying them here tells the compiler
-    what wide loads may rely on. size2 and size3 are the two last of three spatial axes.
+    Strides are multiplied by their common divisor here: it tells the compiler what wide loads may rely on.
     """
-    if FORMAT == PLANES:
-        return b * (sb * ALIGN) + c * (sc * ALIGN) + p
-    elif FORMAT == LAST:
-        return b * (sb * ALIGN) + p * (s3 * ALIGN) + c
+    if at.format == PLANES:
+        return b * (at.batch * at.align) + c * (at.channel * at.align) + p
+    elif at.format == LAST:
+        return b * (at.batch * at.align) + p * (at.column * at.align) + c
     else:
-        row = p // size3
-        return b * sb + c * sc + (p % size3) * s3 + (row % size2) * s2 + (row // size2) * s1
+        row = p // space.columns
+        in_plane = (p % space.columns) * at.column + (row % space.rows) * at.row
+        return b * at.batch + c * at.channel + in_plane + (row // space.rows) * at.depth
 
 
 @triton.jit
-def narrow(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+def tile_offsets(b, c, p, space, at):
+    """map_offsets of a tile: rows of channels c, columns of positions p."""
+    return map_offsets(b, c[:, None], p[None, :], space, at)
+
+
+@triton.jit
+def channel_stride(at):
+    """Elements from one channel to the next."""
+    if at.format == PLANES:
+        return at.channel * at.align
+    else:
+        return at.channel
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr):
     """value (float32) in dtype, rounded to nearest even; the interpreter alone would cut bfloat16 off."""
-    if INTERPRET and dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         even = bits + 0x7FFF + ((bits >> 16) & 1)
         value = tl.where(value == value, even, bits).to(tl.float32, bitcast=True)
     return value.to(dtype)
 
 
-def interpreted(kernel) -> bool:
-    """Whether this kernel runs in Triton's interpreter (decided by TRITON_INTERPRET when it was defined)."""
-    return isinstance(kernel, InterpretedFunction)
+@triton.jit
+def store_narrow(pointers, value, mask=None):
+    """Stores value (float32) in the dtype that is there."""
+    tl.store(pointers, narrow(value, pointers.dtype.element_ty), mask=mask)
 
 
 def for_amd() -> bool:
@@ -70,62 +128,82 @@ def divisor(*values: int) -> int:
 
 @dataclass(frozen=True)
 class Map:
-    """How a kernel addresses one tensor: the strides, format and alignment that map_offsets takes."""
+    """How a kernel addresses one tensor."""
 
-    strides: tuple[int, int, int, int, int]
-    format: int
-    align: int
+    at: Place
     span: int  # largest element offset
 
     @property
-    def class_stride(self) -> int:
-        """Elements from one channel to the next."""
-        return self.strides[1] * (self.align if self.format == PLANES.value else 1)
+    def format(self) -> int:
+        """ANY, PLANES or LAST."""
+        return self.at.format.value
 
 
-def maps_of(tensors: list[tuple[Tensor, bool]]) -> tuple[int, int, list[Map]]:
-    """(size2, size3, one Map per tensor) of (tensor, whether it has axis 1), equal in all other axes.
+def merged_axes(sizes: Sequence[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """Sizes, and strides per tensor, of the axes left when those merge that every tensor allows to."""
+    kept: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for axis, size in enumerate(sizes):
+        if size == 1:
+            continue
+        if kept and all(known[-1] == size * s[axis] for known, s in zip(steps, strides, strict=True)):
+            kept[-1] *= size
+            for known, s in zip(steps, strides, strict=True):
+                known[-1] = s[axis]
+        else:
+            kept.append(size)
+            for known, s in zip(steps, strides, strict=True):
+                known.append(s[axis])
+    return kept, steps
+
+
+def maps_of(tensors: list[tuple[Tensor, bool]]) -> tuple[tuple[int, int], list[Map]]:
+    """((rows, columns) of a Space, one Map per tensor) of (tensor, whether it has axis 1), else of one shape.
 
     Spatial axes are merged wherever every tensor allows it, so that dense maps have one.
     """
     first, has = tensors[0]
     spatial = first.shape[1 + has :]
-    sizes: list[int] = []
-    steps: list[list[int]] = [[] for _ in tensors]
-    for axis, size in enumerate(spatial):
-        if size == 1:
-            continue
-        step = [t.stride(1 + with_channels + axis) for t, with_channels in tensors]
-        if sizes and all(known[-1] == size * s for known, s in zip(steps, step, strict=True)):
-            sizes[-1] *= size
-            for known, s in zip(steps, step, strict=True):
-                known[-1] = s
-        else:
-            sizes.append(size)
-            for known, s in zip(steps, step, strict=True):
-                known.append(s)
+    steps = [list(tensor.stride()[1 + with_channels :]) for tensor, with_channels in tensors]
+    sizes, steps = merged_axes(spatial, steps)
     padding = 3 - len(sizes)
     sizes = [1] * padding + sizes
     merged = padding >= 2
     maps = []
     for (tensor, with_channels), known in zip(tensors, steps, strict=True):
-        s1, s2, s3 = [0] * padding + known
-        s3 = s3 if known else 1
+        spatial_steps = [0] * padding + known if known else [0, 0, 1]
         sb = tensor.stride(0) if tensor.shape[0] > 1 else 0
         sc = tensor.stride(1) if with_channels and tensor.shape[1] > 1 else 0
-        span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        maps.append(_map(sb, sc, s1, s2, s3, merged, span))
-    return sizes[1], sizes[2], maps
+        maps.append(Map(_place(sb, sc, *spatial_steps, merged), span(tensor)))
+    return (sizes[1], sizes[2]), maps
 
 
-def _map(sb: int, sc: int, s1: int, s2: int, s3: int, merged: bool, span: int) -> Map:
+def _place(sb: int, sc: int, s1: int, s2: int, s3: int, merged: bool) -> Place:
     if merged and s3 == 1:
         align = divisor(sb, sc)
-        return Map((sb // align, sc // align, s1, s2, s3), PLANES.value, align, span)
+        return Place(sb // align, sc // align, s1, s2, s3, PLANES, tl.constexpr(align))
     if merged and sc == 1:
         align = divisor(sb, s3)
-        return Map((sb // align, sc, s1, s2, s3 // align), LAST.value, align, span)
-    return Map((sb, sc, s1, s2, s3), ANY.value, 1, span)
+        return Place(sb // align, sc, s1, s2, s3 // align, LAST, tl.constexpr(align))
+    return Place(sb, sc, s1, s2, s3, ANY, tl.constexpr(1))
+
+
+def space_of(x: Tensor, sizes: tuple[int, int], block_p: int) -> Space:
+    """The Space of x (B, C, *spatial), its sizes those of maps_of, in tiles of block_p positions."""
+    positions = positions_of(x)
+    align = divisor(positions)
+    tiles = triton.cdiv(positions, block_p)
+    return Space(positions // align, tiles, *sizes, tl.constexpr(align))
+
+
+def span(tensor: Tensor) -> int:
+    """The largest element offset in the tensor."""
+    return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def needs_64_bits(*offsets: int) -> bool:
+    """Whether offsets up to these need 64 bits."""
+    return max(offsets) >= INT32_OFFSETS
 
 
 def positions_of(x: Tensor) -> int:

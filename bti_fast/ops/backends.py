@@ -70,9 +70,21 @@ def triton_backend(
     return Backend(
         "triton",
         predicate,
-        forward or (lambda *args: launcher(operator)(*args)),
-        backward or (lambda *args: launcher(f"{operator}_backward")(*args)),
+        on_its_device(forward or (lambda *args: launcher(operator)(*args))),
+        on_its_device(backward or (lambda *args: launcher(f"{operator}_backward")(*args))),
     )
+
+
+def on_its_device(run: Callable) -> Callable:
+    """``run`` with its first tensor's device as the current one, which is where Triton launches."""
+
+    def guarded(*args):
+        if args[0].device.type != "cuda":
+            return run(*args)
+        with torch.cuda.device(args[0].device):
+            return run(*args)
+
+    return guarded
 
 
 @cache

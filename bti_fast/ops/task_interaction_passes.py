@@ -46,7 +46,7 @@ def backward(
         args = (grad_x_out, grad_y_out, grad_gates, grad_signals, x, y, summary, weights, tau, training)
         grads = task_interaction_backward(*args)
         return [like(grad, value) for grad, value in zip(grads, (x, y, *weights), strict=True)]
-    kernels = importlib.import_module("bti_fast.kernels.task_interaction")
+    kernels = importlib.import_module("bti_fast.kernels.task_interaction_backward")
     conv_weight, conv_bias = weights[:2]
     grad_scale, signs = kernels.reduce_gradient(grad_x_out, x, conv_weight, conv_bias)
 

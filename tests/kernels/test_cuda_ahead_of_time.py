@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import cuda_report, kernel_report
+from benchmarks import cuda_report, kernel_compile
 
 pytestmark = [
     pytest.mark.skipif(cuda_report.nvcc() is None, reason="no nvcc (PATH, /usr/local/cuda, CUDACXX)"),
@@ -25,7 +25,7 @@ def test_no_spills_and_tensor_cores(dtype, target):
     # Two orders of the dense side; variants by class tokens, of which float32 has one at 64 channels.
     assert len(sweeps) == (4 if dtype == "float32" else 2 * (2 + 3))
     assert all(kernel.spills == 0 and 0 < kernel.registers <= 255 for kernel in made)
-    limit = kernel_report.SHARED_LIMIT[target]
+    limit = kernel_compile.SHARED_LIMIT[target]
     fits = [kernel for kernel in sweeps if kernel.shared <= limit]
     assert all(kernel.tensor_cores >= 16 and kernel.wide_loads >= 2 for kernel in sweeps)
     if target == "sm_80":  # beyond 64 class tokens the launcher takes the variant that fits
@@ -51,6 +51,6 @@ def test_names_of_kernels_are_understood():
 
 def test_occupancy_of_a_kernel_by_hand():
     # 168 registers x 128 threads: 3 blocks of 4 warps; 100 KiB of shared memory each: 2 on sm_90, 1 on sm_80.
-    assert kernel_report.occupancy("sm_90", 4, 168, 1024) == 12 / 64
-    assert kernel_report.occupancy("sm_90", 4, 168, 100 * 1024) == 8 / 64
-    assert kernel_report.occupancy("sm_80", 4, 168, 100 * 1024) == 4 / 64
+    assert kernel_compile.occupancy("sm_90", 4, 168, 1024) == 12 / 64
+    assert kernel_compile.occupancy("sm_90", 4, 168, 100 * 1024) == 8 / 64
+    assert kernel_compile.occupancy("sm_80", 4, 168, 100 * 1024) == 4 / 64

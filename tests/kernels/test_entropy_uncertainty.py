@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from bti_fast.kernels import entropy_uncertainty as kernels  # noqa: E402
+from bti_fast.kernels import tiles  # noqa: E402
 from tests.kernels.truth import entropy64  # noqa: E402
 
 EPSILON = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -64,7 +65,7 @@ def test_64_bit_offsets_give_the_same_bits(monkeypatch):
     weight = torch.randn(3, 37, 29, generator=torch.Generator().manual_seed(3))
     u = kernels.entropy_uncertainty(logits)
     grad = kernels.entropy_uncertainty_backward(weight, logits)
-    monkeypatch.setattr(kernels, "INT32_OFFSETS", 0)
+    monkeypatch.setattr(tiles, "INT32_OFFSETS", 0)
     assert torch.equal(kernels.entropy_uncertainty(logits), u)
     assert torch.equal(kernels.entropy_uncertainty_backward(weight, logits), grad)
 

@@ -19,8 +19,8 @@ from bti_fast.ops import task_interaction_passes as passes  # noqa: E402
 from bti_fast.reference.task_interaction import gate_algebra as reference  # noqa: E402
 from tests.ops.operators import interaction_inputs  # noqa: E402
 
-# (B, C, F): less than a block of everything, and more than one, none of them a multiple.
-SIZES = ((3, 3, 2), (35, 134, 131))
+# (B, C, F): less than a block of everything; more than one of samples, and of channels and features.
+SIZES = ((3, 3, 2), (35, 6, 19), (2, 134, 131))
 
 
 def made(batch, channels, features):

@@ -13,9 +13,8 @@ pytest.importorskip("triton")
 SMALL = ("384x14", "192x28", "16x64")
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = """
-import json, sys
-import torch
-from benchmarks.kernel_report import intercepted_launches
+import json
+from benchmarks.kernel_compile import intercepted_launches, tensors_in
 from benchmarks.kernel_specimens import SPECIMENS
 WRITTEN = ("x_out", "grad_x")
 counts = {}
@@ -25,13 +24,12 @@ for operator in ("gated_fusion", "task_interaction"):
             continue
         with intercepted_launches() as launches:
             specimen.call()
-        tensors = [a for _, args, _ in launches for a in args if isinstance(a, torch.Tensor)]
+        tensors = [value for _, args, _ in launches for value in tensors_in(args)]
         size = max(value.numel() * value.element_size() for value in tensors)
         reads = writes = other = 0
         for kernel, args, _ in launches:
-            for name, value in zip(kernel.arg_names, args):
-                if not isinstance(value, torch.Tensor):
-                    continue
+            given = zip(kernel.arg_names, args)
+            for name, value in ((name, one) for name, value in given for one in tensors_in((value,))):
                 moved = value.numel() * value.element_size()
                 if name in ("x", "grad", "grad_out", *WRITTEN):
                     assert moved == size, (specimen.name, kernel.__name__, name)
