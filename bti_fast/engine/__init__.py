@@ -7,14 +7,8 @@ run = train(TrainConfig(data="BUSI", out="runs/first"))
 import sys
 from types import ModuleType
 
-from bti_fast.engine.config import (
-    AblateConfig,
-    CalibrateConfig,
-    EvaluateConfig,
-    FailuresConfig,
-    PredictConfig,
-    TrainConfig,
-)
+from bti_fast.engine.config import AblateConfig, TrainConfig
+from bti_fast.engine.run_config import CalibrateConfig, EvaluateConfig, FailuresConfig, PredictConfig
 
 _FUNCTIONS = ("ablate", "calibrate", "evaluate", "failures", "predict", "train")
 __all__ = [

@@ -18,10 +18,12 @@ from rich.table import Table
 
 from bti_fast import metrics
 from bti_fast.engine import figures, report, run_folder
-from bti_fast.engine.config import AblateConfig, EvaluateConfig, TrainConfig, flag
+from bti_fast.engine.config import AblateConfig, TrainConfig
 from bti_fast.engine.evaluate import CASES, evaluate
 from bti_fast.engine.evaluate import RESULT as EVALUATED
 from bti_fast.engine.files import output_folder, write_csv, write_json, write_text
+from bti_fast.engine.options import flag
+from bti_fast.engine.run_config import EvaluateConfig
 from bti_fast.engine.train import train
 from bti_fast.errors import UserError
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from bti_fast import metrics
 from bti_fast.data import Case, read_image, resize_mask
 from bti_fast.engine import figures, inference, report, run_folder
-from bti_fast.engine.config import CalibrateConfig
 from bti_fast.engine.files import write_json
+from bti_fast.engine.run_config import CalibrateConfig
 from bti_fast.engine.subject import Subject, open_subject
 from bti_fast.engine.truth import true_mask
 from bti_fast.errors import UserError

@@ -28,7 +28,9 @@ class EchoedError(UserError):
 
 
 class OwnError(UserError):
-    """An error of this process alone, which no other can say."""
+    """An error of this process alone, which the first one does not know of."""
+
+    own = True
 
 
 class LostProcessError(OwnError):

@@ -8,11 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from bti_fast.data import make_phantoms
-from bti_fast.engine.config import EvaluateConfig, PredictConfig, TrainConfig
+from bti_fast.engine.config import TrainConfig
 from bti_fast.engine.evaluate import evaluate
 from bti_fast.engine.files import output_folder
 from bti_fast.engine.loaders import read_split
 from bti_fast.engine.predict import predict
+from bti_fast.engine.run_config import EvaluateConfig, PredictConfig
 from bti_fast.engine.run_folder import CONFIG, REPORT, read_config
 from bti_fast.engine.train import train
 

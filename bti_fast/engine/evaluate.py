@@ -14,9 +14,9 @@ from rich.console import Console
 from bti_fast import metrics
 from bti_fast.data import Case, read_image, read_mask
 from bti_fast.engine import run_folder
-from bti_fast.engine.config import EvaluateConfig
 from bti_fast.engine.files import write_csv, write_json
 from bti_fast.engine.inference import FAILURE_SCORE
+from bti_fast.engine.run_config import EvaluateConfig
 from bti_fast.engine.subject import OVERLAP, open_subject
 from bti_fast.engine.truth import true_mask
 

@@ -13,9 +13,9 @@ from rich.table import Table
 from bti_fast import metrics
 from bti_fast.data import Case, DatasetIndex, read_image
 from bti_fast.engine import figures, report, run_folder
-from bti_fast.engine.config import EvaluateConfig
 from bti_fast.engine.inference import FAILURE_SCORE, MASK_THRESHOLD, predict_images
 from bti_fast.engine.pictures import data_uri, overlay, write_picture
+from bti_fast.engine.run_config import EvaluateConfig
 from bti_fast.engine.truth import true_mask
 
 COMPARED = {

@@ -15,9 +15,9 @@ from rich.table import Table
 from bti_fast import metrics
 from bti_fast.data import read_image
 from bti_fast.engine import figures, report, run_folder
-from bti_fast.engine.config import FailuresConfig
 from bti_fast.engine.files import write_csv, write_json
 from bti_fast.engine.inference import FAILURE_SCORE, MAX_SOFTMAX, REFERRAL, class_names
+from bti_fast.engine.run_config import FailuresConfig
 from bti_fast.engine.sampling import SAMPLED, add_sampled_signals, seconds_an_image
 from bti_fast.engine.subject import Subject, open_subject
 from bti_fast.errors import UserError

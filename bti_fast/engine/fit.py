@@ -15,7 +15,7 @@ from bti_fast.engine.lightning_import import DDPStrategy, MixedPrecision, lightn
 from bti_fast.engine.lightning_module import GateStage, Stage, TaskStage
 from bti_fast.engine.loaders import start_epoch
 from bti_fast.engine.place import Place
-from bti_fast.engine.recorder import BatchBar, EpochRecorder, InterruptNote, RunLog
+from bti_fast.engine.recorder import BatchBar, EpochRecorder, InterruptNote, PlainTermination, RunLog
 from bti_fast.engine.schedule import Counters
 from bti_fast.engine.state import NAME as STATE
 from bti_fast.engine.state import first_line
@@ -98,6 +98,8 @@ def _fit(
     stage = stage_class(model, config, counters)
     note = InterruptNote()
     callbacks = [EpochRecorder(log, epochs), note]
+    if place.world > 1:
+        callbacks.append(PlainTermination())
     if log.writes and log.console.is_terminal:
         callbacks.append(BatchBar(log.console))
     deterministic = torch.are_deterministic_algorithms_enabled()

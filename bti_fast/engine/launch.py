@@ -25,6 +25,10 @@ GRACE = 3.0
 SAID, FAILED, ECHOED = "said", "failed", "echoed"
 
 
+class EndedError(UserError):
+    """A process was killed or failed, so the training has ended."""
+
+
 def launch(
     places: Sequence[Place],
     address: Mapping[str, str],
@@ -34,9 +38,9 @@ def launch(
 ) -> None:
     """Calls function(*arguments, place, console) in a fresh process a place, and returns when all are done.
 
-    address: MASTER_ADDR and MASTER_PORT. What the processes say goes to the console. The arguments must be
-    picklable. Where a process fails or is killed, the others are ended too, and UserError says why; a process
-    that fails with anything else than UserError shows its traceback.
+    address: MASTER_ADDR and MASTER_PORT. What the processes say goes to the console. The arguments must
+    be picklable. Where a process raises UserError, the others are ended and it is raised here; where one is
+    killed or fails otherwise (which shows its traceback), EndedError says so.
     """
     context = multiprocessing.get_context("spawn")
     own_screen = console is None or console.file is None or console.stderr
@@ -131,7 +135,7 @@ def _watch(
         if any(codes) and deadline is None:
             deadline = time.monotonic() + GRACE
         if deadline is not None and (None not in codes or time.monotonic() >= deadline):
-            raise UserError(_cause(places, codes, reports))
+            raise _cause(places, codes, reports)
 
 
 def _read(
@@ -151,22 +155,21 @@ def _read(
 
 def _cause(
     places: Sequence[Place], codes: Sequence[int | None], reports: Mapping[int, tuple[str, str]]
-) -> str:
+) -> UserError:
     """Why the processes ended: a kill before a message, and a message before what only followed from it."""
     for place, code in zip(places, codes, strict=True):
         if code is not None and code < 0:
             name = signal.Signals(-code).name
             why = "; out of memory, perhaps" if name == "SIGKILL" else ""
-            return (
+            return EndedError(
                 f"process {place.rank} of {place.world} was killed ({name}{why}), so the others were stopped"
             )
     failed = [text for _, (kind, text) in sorted(reports.items()) if kind == FAILED]
     if failed:
-        return failed[0]
-    number = next((n for n, code in enumerate(codes) if code and n not in reports), None)
-    if number is not None:
-        rank = places[number].rank
-        return (
-            f"process {rank} of {places[0].world} failed (its traceback is above), so the others were stopped"
+        return UserError(failed[0])
+    silent = [place.rank for n, place in enumerate(places) if codes[n] and n not in reports]
+    if silent:
+        return EndedError(
+            f"process {silent[0]} of {places[0].world} failed (see above), so the others were stopped"
         )
-    return next(iter(reports.values()))[1]
+    return EndedError(next(iter(reports.values()))[1])

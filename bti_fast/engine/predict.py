@@ -18,12 +18,12 @@ from rich.console import Console
 from bti_fast.data import read_image
 from bti_fast.data.images import SUFFIXES
 from bti_fast.engine import run_folder
-from bti_fast.engine.config import PredictConfig
 from bti_fast.engine.device import choose_device, prepare_cpu
 from bti_fast.engine.figures import token_attention, write_png
 from bti_fast.engine.files import output_folder, write_csv, write_json
 from bti_fast.engine.inference import REFERRAL, Prediction, attention_modules, class_names, predict_images
 from bti_fast.engine.pictures import overlay, write_mask, write_picture
+from bti_fast.engine.run_config import PredictConfig
 from bti_fast.errors import UserError
 
 TABLE_JSON, TABLE_CSV = "predictions.json", "predictions.csv"

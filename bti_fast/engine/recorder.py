@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -217,3 +219,14 @@ class InterruptNote(lightning.Callback):
 
     def on_exception(self, trainer: Any, module: Stage, exception: BaseException) -> None:
         self.seen = isinstance(exception, KeyboardInterrupt)
+
+
+class PlainTermination(lightning.Callback):
+    """Has SIGTERM end the process at once, which is harmless at any moment.
+
+    Lightning's handler tells the other processes first, and hangs where these are not there any more.
+    """
+
+    def on_train_start(self, trainer: Any, module: Stage) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from bti_fast.engine.config import TrainConfig, from_dict
+from bti_fast.engine.config import TrainConfig
 from bti_fast.engine.files import link_atomic, output_folder, sweep_parts, write_atomic, write_text
+from bti_fast.engine.options import from_dict
 from bti_fast.engine.state import first_line
 from bti_fast.errors import UserError
 

@@ -14,11 +14,11 @@ from rich.console import Console
 from bti_fast import metrics
 from bti_fast.data import Case, DatasetIndex, read_dataset, read_image
 from bti_fast.engine import run_folder
-from bti_fast.engine.config import RunConfig
 from bti_fast.engine.device import choose_device, prepare_cpu
 from bti_fast.engine.files import output_folder
 from bti_fast.engine.inference import MASK_THRESHOLD, Prediction, class_names, predict_images
 from bti_fast.engine.loaders import read_split
+from bti_fast.engine.run_config import RunConfig
 from bti_fast.engine.truth import true_mask
 from bti_fast.errors import UserError
 

@@ -18,7 +18,7 @@ from bti_fast.engine import collective, run_folder
 from bti_fast.engine.config import TrainConfig, resumed_config
 from bti_fast.engine.device import choose_device, prepare_cpu
 from bti_fast.engine.fit import best_weights, run_stages
-from bti_fast.engine.launch import launch
+from bti_fast.engine.launch import EndedError, launch
 from bti_fast.engine.loaders import count_classes, ordered_loader, read_split, training_loader, write_split
 from bti_fast.engine.place import Place, check_devices, free_port, given_place, places_to_start
 from bti_fast.engine.recorder import RunLog
@@ -58,19 +58,20 @@ def train(
     else:
         config = dataclasses.replace(config.checked(), data=_absolute(config.data))
     place = given_place(devices, num_nodes)
-    if place is not None:
-        check_devices(place.local_world, choose_device(config.device))
-        _train_here(config, resume, encoder, place, console)
-        return Path(config.out)
-    places = places_to_start(config.devices, config.num_nodes)
-    check_devices(len(places), choose_device(config.device))
-    if places[0].world == 1:
-        _train_here(config, resume, encoder, places[0], console)
-    else:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        if config.num_nodes not in (None, 1):
-            address = {name: os.environ[name] for name in address}
-        launch(places, address, _train_here, (config, resume, encoder), console)
+    places = [place] if place is not None else places_to_start(config.devices, config.num_nodes)
+    check_devices(places[0].local_world, choose_device(config.device))
+    try:
+        if place is not None or places[0].world == 1:
+            _train_here(config, resume, encoder, places[0], console)
+        else:
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            if config.num_nodes not in (None, 1):
+                address = {name: os.environ[name] for name in address}
+            launch(places, address, _train_here, (config, resume, encoder), console)
+    except (EndedError, collective.LostProcessError) as ended:
+        if not (Path(config.out) / run_folder.CONFIG).exists():
+            raise
+        raise type(ended)(f"{ended}; go on with: bti-fast train --resume {config.out}") from ended
     return Path(config.out)
 
 

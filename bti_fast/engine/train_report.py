@@ -11,8 +11,9 @@ import torch
 
 from bti_fast.data import Case, read_image
 from bti_fast.engine import figures, report, run_folder
-from bti_fast.engine.config import TrainConfig, flag
+from bti_fast.engine.config import TrainConfig
 from bti_fast.engine.inference import MASK_THRESHOLD, class_names, predict_images
+from bti_fast.engine.options import flag
 from bti_fast.engine.pictures import data_uri, overlay
 from bti_fast.engine.truth import true_mask
 from bti_fast.metrics import case_metrics

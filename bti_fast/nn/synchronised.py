@@ -58,7 +58,8 @@ class _Normalise(torch.autograd.Function):
         count, mean, variance = joint_statistics(x)
         if count < 2:
             raise ValueError(f"batch normalisation: found {count} value a channel in training, needed 2")
-        weight = mean.new_ones(mean.shape, dtype=torch.float32) if weight is None else weight
+        if weight is None:
+            weight = x.new_ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
         used = mean.to(weight.dtype), variance.to(weight.dtype)
         ctx.save_for_backward(x, weight, *used)
         ctx.count, ctx.eps = count, eps

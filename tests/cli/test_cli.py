@@ -70,6 +70,9 @@ def test_no_arguments_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--bogus", "3"], "unknown option --bogus 3"),
         (["evaluate", "run", "--treshold", "1"], "unknown option --treshold"),
         (["train", "--batch-size", "x"], "--batch-size x: must be a whole number"),
+        (["train", "--devices", "two"], "--devices two: must be a whole number"),
+        (["train", "--data", ".", "--devices", "0"], "--devices 0: must lie between 1 and 1024"),
+        (["train", "--data", ".", "--strategy", "fsdp"], "--strategy fsdp: must be one of 'auto', 'ddp'"),
         (["train", "--learning-rate", "fast"], "--learning-rate fast: must be a number"),
         (["train", "--interaction", "foo"], "--interaction foo: must be one of 'none', 'fixed'"),
         (["train", "--batch-size"], "argument --batch-size: expected one argument"),
@@ -121,6 +124,22 @@ def test_mistakes_are_one_line(
     assert message in said[-1] and said[-1].startswith("bti-fast: ")
     assert len([line for line in said if line.startswith("bti-fast: ")]) == 1
     assert "Traceback" not in "\n".join(said)
+
+
+def test_of_several_processes_one_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        assert main(["train", "--out", "run"]) == 2
+        assert main(["ablate", "--data", ".", "--out", "a"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[0].startswith("bti-fast: no data: give the folder")
+    assert said[1] == (
+        "bti-fast: ablate: torchrun started 2 processes, this command is one; "
+        "give --devices in place of torchrun"
+    )
 
 
 def test_unknown_setting_in_a_yaml_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,9 @@ import dataclasses
 
 import pytest
 
-from bti_fast.engine.config import EvaluateConfig, PredictConfig, TrainConfig, from_dict, resumed_config
+from bti_fast.engine.config import TrainConfig, resumed_config
+from bti_fast.engine.options import from_dict
+from bti_fast.engine.run_config import EvaluateConfig, PredictConfig
 from bti_fast.errors import UserError
 
 

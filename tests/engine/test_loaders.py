@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from bti_fast.data import read_dataset, split_cases
-from bti_fast.engine.loaders import EpochBatches, balanced_weights, read_split, write_split
+from bti_fast.data import CaseDataset, read_dataset, split_cases
+from bti_fast.engine.loaders import (
+    EpochBatches,
+    OrderedBatches,
+    balanced_weights,
+    ordered_loader,
+    read_split,
+    write_split,
+)
 from bti_fast.errors import UserError
 
 
@@ -53,6 +60,43 @@ def test_balanced_draws_show_every_class_equally_often() -> None:
     again = EpochBatches(100, 8, seed=1, weights=weights)
     again.set_epoch(199)
     assert list(again) == found
+
+
+@pytest.mark.parametrize("balanced", [False, True], ids=["shuffled", "balanced"])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("count", [3, 7, 8, 9, 16, 17, 25])
+def test_processes_divide_the_batches_of_one(count: int, world: int, balanced: bool) -> None:
+    """Side by side their batches are those of a single process, so no case is doubled or dropped."""
+    weights = balanced_weights([str(i % 3 == 0) for i in range(count)]) if balanced else None
+    parts = [EpochBatches(count, 2, 0, weights, rank=rank, world=world) for rank in range(world)]
+    whole = EpochBatches(count, 2 * world, 0, weights)
+    for batches in (*parts, whole):
+        batches.set_epoch(3)
+    found = [list(part) for part in parts]
+    assert {len(own) for own in found} == {len(parts[0])}
+    joint = [[index for own in step for index in own] for step in zip(*found, strict=True)]
+    if 1 < count % (2 * world) < world:  # too few for a case a process: they join the batch before
+        assert sum(joint, []) == sum(whole, [])
+    else:
+        assert joint == list(whole)
+    for step in zip(*found, strict=True):
+        sizes = sorted(map(len, step))
+        assert sizes[0] >= 1 and sizes[-1] - sizes[0] <= 1
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 9])
+def test_processes_divide_the_validation_cases(count: int) -> None:
+    found = [list(OrderedBatches(count, 2, rank, 2)) for rank in range(2)]
+    assert len(found[0]) == len(found[1]) == len(OrderedBatches(count, 2, 0, 2))
+    joint = [index for step in zip(*found, strict=True) for own in step for index in own]
+    assert joint == list(range(count))
+
+
+def test_an_empty_share_is_an_empty_batch(phantoms: Path) -> None:
+    index = read_dataset(phantoms)
+    data = CaseDataset(index.cases[:1], index.classes, 32)
+    batches = [list(ordered_loader(data, 2, 0, rank=rank, world=2)) for rank in range(2)]
+    assert batches[0] == [{"id": []}] and batches[1][0]["id"] == [index.cases[0].id]
 
 
 def test_split_survives_the_round_trip(phantoms: Path, tmp_path: Path) -> None:

@@ -19,31 +19,6 @@ from bti_fast.engine.train import build_model
 from bti_fast.metrics import is_failure, summarise
 from tests.engine.tiny import TinyEncoder, tiny_config, tiny_train
 
-# Whether an image keeps its mask and its class.
-ROWS = (
-    (True, True),
-    (True, False),
-    (False, True),
-    (True, True),
-    (True, False),
-    (False, True),
-    (False, False),
-    (True, True),
-)
-
-
-@pytest.fixture(scope="module")
-def partial(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest over the phantoms in which each image has the truth that ROWS gives it, again and again."""
-    folder = tmp_path_factory.mktemp("partial")
-    lines = ["image,mask,class"]
-    for position, case in enumerate(read_dataset(phantoms).cases):
-        mask, label = ROWS[position % len(ROWS)]
-        value = ";".join(map(str, case.masks)) or "empty"
-        lines.append(f"{case.image},{value if mask else ''},{case.label if label else ''}")
-    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
-    return folder
-
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()

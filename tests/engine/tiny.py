@@ -22,12 +22,14 @@ CHANNELS = (8, 8, 8, 16, 16)
 
 
 class TinyEncoder(nn.Module):
-    """Five strided convolutions with BatchNorm. At its `kill_at`-th training batch it kills its process."""
+    """Five strided convolutions with BatchNorm. At its `kill_at`-th training batch it kills its process, the
+    one of that rank where there are several."""
 
     channels = CHANNELS
 
-    def __init__(self, kill_at: int = 0, failure: BaseException | None = None) -> None:
+    def __init__(self, kill_at: int = 0, failure: BaseException | None = None, rank: int = 0) -> None:
         super().__init__()
+        self.rank = rank
         torch.manual_seed(7)
         inputs = (3, *CHANNELS[:-1])
         self.steps = nn.ModuleList(
@@ -39,7 +41,7 @@ class TinyEncoder(nn.Module):
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         if torch.is_grad_enabled():
             self.calls += 1
-            if self.calls == self.kill_at:
+            if self.calls == self.kill_at and int(os.environ.get("RANK", 0)) == self.rank:
                 if self.failure is not None:
                     raise self.failure
                 os.kill(os.getpid(), signal.SIGKILL)
