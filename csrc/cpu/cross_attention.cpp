@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "common/cross_attention_checks.h"
+#include "common/token_view_of.h"
 #include "cpu/operators.h"
 
 namespace bti_fast {
@@ -20,15 +21,6 @@ constexpr int64_t kMaxSplits = 64;
 constexpr int64_t kProductsPerTask = 1 << 18;  // work below this many multiplications is not worth handing out
 
 constexpr auto kFloat = torch::headeronly::ScalarType::Float;
-
-TokenView view_of(const Tensor& x) {
-  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-}
-
-MaskView mask_of(const std::optional<Tensor>& mask) {
-  if (!mask.has_value()) return {nullptr, 0, 0};
-  return {static_cast<const bool*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
-}
 
 CrossShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v_q, const Tensor& v_k,
                     const std::optional<Tensor>& q_mask, const std::optional<Tensor>& k_mask, double scale) {
@@ -43,8 +35,8 @@ CrossShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v_q, const T
   s.m = k.size(2);
   s.e = v_k.size(3);
   s.scale = static_cast<float>(scale);
-  s.q_mask = mask_of(q_mask);
-  s.k_mask = mask_of(k_mask);
+  s.q_mask = mask_view_of(q_mask);
+  s.k_mask = mask_view_of(k_mask);
   const auto tiles_in = [](int64_t tokens) { return (tokens + kTileTokens - 1) / kTileTokens * kTileTokens; };
   const int64_t least = std::max(kSplitTokens, (s.n + kMaxSplits - 1) / kMaxSplits);
   const int64_t splits = std::max<int64_t>(1, s.n / least);
@@ -87,7 +79,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention(const Tensor& q, cons
   const Tensor row_lse = new_empty(q, {s.batch, s.heads, s.n}, kFloat);
   const Tensor column_lse = new_empty(q, {s.batch, s.heads, s.m}, kFloat);
   const Tensor partial = new_empty(q, {s.batch * s.heads * s.splits * forward_partial(s)}, kFloat);
-  const CrossForward job{s, view_of(q), view_of(k), view_of(v_q), view_of(v_k), view_of(out_q), view_of(out_k),
+  const CrossForward job{s,
+                         token_view_of(q),
+                         token_view_of(k),
+                         token_view_of(v_q),
+                         token_view_of(v_k),
+                         token_view_of(out_q),
+                         token_view_of(out_k),
                          static_cast<float*>(row_lse.mutable_data_ptr()),
                          static_cast<float*>(column_lse.mutable_data_ptr()),
                          static_cast<float*>(partial.mutable_data_ptr())};
@@ -112,20 +110,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
   });
   const Tensor columns = new_empty(q, {exact ? s.batch * s.heads * 2 * s.m : 0}, kFloat);
   const CrossBackward job{s,
-                          view_of(grad_out_q),
-                          view_of(grad_out_k),
-                          view_of(q),
-                          view_of(k),
-                          view_of(v_q),
-                          view_of(v_k),
-                          view_of(out_q),
-                          view_of(out_k),
+                          token_view_of(grad_out_q),
+                          token_view_of(grad_out_k),
+                          token_view_of(q),
+                          token_view_of(k),
+                          token_view_of(v_q),
+                          token_view_of(v_k),
+                          token_view_of(out_q),
+                          token_view_of(out_k),
                           static_cast<const float*>(row_lse.const_data_ptr()),
                           lse,
-                          view_of(grad_q),
-                          view_of(grad_k),
-                          view_of(grad_v_q),
-                          view_of(grad_v_k),
+                          token_view_of(grad_q),
+                          token_view_of(grad_k),
+                          token_view_of(grad_v_q),
+                          token_view_of(grad_v_k),
                           static_cast<float*>(partial.mutable_data_ptr()),
                           exact ? static_cast<float*>(columns.mutable_data_ptr()) : nullptr};
   if (exact) {

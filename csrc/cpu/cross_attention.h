@@ -4,20 +4,10 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/token_view.h"
 #include "cpu/isa_dispatch.h"
 
 namespace bti_fast {
-
-// (batch, head, token, channel) with any strides, in elements.
-struct TokenView {
-  void* data;
-  int64_t batch, head, token, channel;
-};
-
-struct MaskView {
-  const bool* data;  // nullptr: every token takes part
-  int64_t batch, token;
-};
 
 // The dense tokens are cut into splits that depend on their number alone, so results do not depend on threads.
 struct CrossShape {

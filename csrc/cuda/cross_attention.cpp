@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "common/cross_attention_checks.h"
+#include "common/token_view_of.h"
 #include "cuda/cross_attention_launcher.h"
 #include "cuda/launch.h"
 #include "cuda/operators.h"
@@ -15,15 +16,7 @@ namespace {
 
 constexpr auto kFloat = torch::headeronly::ScalarType::Float;
 
-TokenView view_of(const Tensor& x) {
-  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3),
-          static_cast<int>(x.size(3)), 0};
-}
-
-MaskView mask_of(const std::optional<Tensor>& mask) {
-  if (!mask.has_value()) return {nullptr, 0, 0};
-  return {static_cast<const bool*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
-}
+Operand operand_of(const Tensor& x) { return {token_view_of(x), static_cast<int>(x.size(3)), 0}; }
 
 CrossShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v_k, const std::optional<Tensor>& q_mask,
                     const std::optional<Tensor>& k_mask, double scale) {
@@ -38,8 +31,8 @@ CrossShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v_k, const s
   s.d = static_cast<int>(q.size(3));
   s.e = static_cast<int>(v_k.size(3));
   s.scale = static_cast<float>(scale);
-  s.q_mask = mask_of(q_mask);
-  s.k_mask = mask_of(k_mask);
+  s.q_mask = mask_view_of(q_mask);
+  s.k_mask = mask_view_of(k_mask);
   return s;
 }
 
@@ -76,12 +69,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_cuda(const Tensor& q,
   const Tensor column_lse = new_empty(q, {k.size(0), k.size(1), k.size(2)}, kFloat);
   CrossForward job{};
   job.shape = shape_of(q, k, v_k, q_mask, k_mask, scale);
-  job.q = view_of(q);
-  job.k = view_of(k);
-  job.v_q = view_of(v_q);
-  job.v_k = view_of(v_k);
-  job.out_q = view_of(out_q);
-  job.out_k = view_of(out_k);
+  job.q = operand_of(q);
+  job.k = operand_of(k);
+  job.v_q = operand_of(v_q);
+  job.v_k = operand_of(v_k);
+  job.out_q = operand_of(out_q);
+  job.out_k = operand_of(out_k);
   job.row_lse = static_cast<float*>(row_lse.mutable_data_ptr());
   job.column_lse = static_cast<float*>(column_lse.mutable_data_ptr());
   launch(job, dtype, q, scope.stream());
@@ -99,20 +92,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward_cuda(
   const Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v_q = empty_like(v_q), grad_v_k = empty_like(v_k);
   CrossBackward job{};
   job.shape = shape_of(q, k, v_k, q_mask, k_mask, scale);
-  job.grad_out_q = view_of(grad_out_q);
-  job.grad_out_k = view_of(grad_out_k);
-  job.q = view_of(q);
-  job.k = view_of(k);
-  job.v_q = view_of(v_q);
-  job.v_k = view_of(v_k);
-  job.out_q = view_of(out_q);
-  job.out_k = view_of(out_k);
+  job.grad_out_q = operand_of(grad_out_q);
+  job.grad_out_k = operand_of(grad_out_k);
+  job.q = operand_of(q);
+  job.k = operand_of(k);
+  job.v_q = operand_of(v_q);
+  job.v_k = operand_of(v_k);
+  job.out_q = operand_of(out_q);
+  job.out_k = operand_of(out_k);
   job.row_lse = static_cast<const float*>(row_lse.const_data_ptr());
   job.column_lse = static_cast<const float*>(column_lse.const_data_ptr());
-  job.grad_q = view_of(grad_q);
-  job.grad_k = view_of(grad_k);
-  job.grad_v_q = view_of(grad_v_q);
-  job.grad_v_k = view_of(grad_v_k);
+  job.grad_q = operand_of(grad_q);
+  job.grad_k = operand_of(grad_k);
+  job.grad_v_q = operand_of(grad_v_q);
+  job.grad_v_k = operand_of(grad_v_k);
   launch(job, dtype, q, scope.stream());
   return {grad_q, grad_k, grad_v_q, grad_v_k};
 }

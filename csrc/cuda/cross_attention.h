@@ -6,20 +6,14 @@
 #include <initializer_list>
 
 #include "common/host_device.h"
+#include "common/token_view.h"
 
 namespace bti_fast {
 
-// (batch, head, token, channel) with any strides, in elements. `vector`: bytes (16 or 4) in which neighbours along the
-// kernel's contiguous axis may be copied, 0 where only single elements may.
-struct TokenView {
-  void* data;
-  int64_t batch, head, token, channel;
+// `vector`: bytes (16 or 4) in which neighbours along the kernel's contiguous axis may be copied, 0 where only single
+// elements may.
+struct Operand : TokenView {
   int channels, vector;
-};
-
-struct MaskView {
-  const bool* data;  // nullptr: every token takes part
-  int64_t batch, token;
 };
 
 // The dense tokens are cut into splits; a block of threads takes one split of one head. M is taken in blocks of class
@@ -34,7 +28,7 @@ struct CrossShape {
 
 struct CrossForward {
   CrossShape shape;
-  TokenView q, k, v_q, v_k, out_q, out_k;
+  Operand q, k, v_q, v_k, out_q, out_k;
   float* row_lse;     // (B, h, N)
   float* column_lse;  // (B, h, M)
   float* partial;     // (B, h, parts, forward_partial)
@@ -44,20 +38,20 @@ struct CrossForward {
 
 struct CrossBackward {
   CrossShape shape;
-  TokenView grad_out_q, grad_out_k, q, k, v_q, v_k, out_q, out_k;
+  Operand grad_out_q, grad_out_k, q, k, v_q, v_k, out_q, out_k;
   const float* row_lse;
   const float* column_lse;
-  TokenView grad_q, grad_k, grad_v_q, grad_v_k;
+  Operand grad_q, grad_k, grad_v_q, grad_v_k;
   float* partial;     // (B, h, splits, backward_partial)
   float* kept;        // as in CrossForward
   float column_gain, column_gain_inverse;  // weights of a column, about 1 / N, times this keep their digits in float16
 };
 
 // The order of the dense side that the kernels keep in shared memory: channel-major where q is a view of maps.
-inline bool is_channel_major(const TokenView& q) { return q.token == 1 && q.channel != 1; }
+inline bool is_channel_major(const Operand& q) { return q.token == 1 && q.channel != 1; }
 
 // Bytes in which neighbours of a view may be copied; `size` bytes an element.
-inline int vector_of(const TokenView& x, bool channel_major, int size) {
+inline int vector_of(const Operand& x, bool channel_major, int size) {
   if ((channel_major ? x.token : x.channel) == 1) {
     const int64_t strides = x.batch | x.head | (channel_major ? x.channel : x.token);
     for (const int bytes : {16, 4})
@@ -66,13 +60,13 @@ inline int vector_of(const TokenView& x, bool channel_major, int size) {
   return size == 4 ? 4 : 0;
 }
 inline void set_vectors(CrossForward& job, bool channel_major, int size) {
-  for (TokenView* x : {&job.q, &job.v_q, &job.out_q}) x->vector = vector_of(*x, channel_major, size);
-  for (TokenView* x : {&job.k, &job.v_k, &job.out_k}) x->vector = vector_of(*x, false, size);
+  for (Operand* x : {&job.q, &job.v_q, &job.out_q}) x->vector = vector_of(*x, channel_major, size);
+  for (Operand* x : {&job.k, &job.v_k, &job.out_k}) x->vector = vector_of(*x, false, size);
 }
 inline void set_vectors(CrossBackward& job, bool channel_major, int size) {
-  for (TokenView* x : {&job.grad_out_q, &job.q, &job.v_q, &job.out_q, &job.grad_q, &job.grad_v_q})
+  for (Operand* x : {&job.grad_out_q, &job.q, &job.v_q, &job.out_q, &job.grad_q, &job.grad_v_q})
     x->vector = vector_of(*x, channel_major, size);
-  for (TokenView* x : {&job.grad_out_k, &job.k, &job.v_k, &job.out_k, &job.grad_k, &job.grad_v_k})
+  for (Operand* x : {&job.grad_out_k, &job.k, &job.v_k, &job.out_k, &job.grad_k, &job.grad_v_k})
     x->vector = vector_of(*x, false, size);
 }
 

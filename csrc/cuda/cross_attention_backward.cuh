@@ -76,7 +76,7 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
   const int begin = split * s.split_tokens, end = s.n - begin < s.split_tokens ? s.n : begin + s.split_tokens;
   const TokenMask q_mask = mask_of(s.q_mask, batch), k_mask = mask_of(s.k_mask, batch);
   // Addresses are computed where they are used: sums over channels fill the registers.
-  const auto of = [batch, head](const TokenView& view) { return head_of<const T>(view, batch, head); };
+  const auto of = [batch, head](const Operand& view) { return head_of<const T>(view, batch, head); };
   const float* const row_lse = job.row_lse + int64_t{group} * s.n;
 
   T* next = reinterpret_cast<T*>(shared);
@@ -222,7 +222,7 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
           keep(kept, sum_q);
           keep(kept + 16 * D, sum_vq);
         } else {  // the warp's rows of v_q have served: its results pass through them
-          const auto put = [&](const float(&sum)[D / 8][4], float factor, const TokenView& view) {
+          const auto put = [&](const float(&sum)[D / 8][4], float factor, const Operand& view) {
             const float factors[2] = {factor, factor};
             sync_warp();
             put_rows(v_tile, own, sum, factors);

@@ -25,7 +25,7 @@ struct Head {
   int channels, vector;
 };
 template <typename T>
-BTI_FAST_DEVICE Head<T> head_of(const TokenView& view, int64_t batch, int64_t head) {
+BTI_FAST_DEVICE Head<T> head_of(const Operand& view, int64_t batch, int64_t head) {
   return {static_cast<T*>(view.data) + batch * view.batch + head * view.head, view.token, view.channel, view.channels,
           view.vector};
 }

@@ -26,7 +26,7 @@ SPLIT = 128  # tokens, the largest tile of any kernel
 A100, H100 = 163 * 1024, 227 * 1024  # bytes of shared memory that a block may have
 
 
-class TokenView(ctypes.Structure):
+class Operand(ctypes.Structure):
     _fields_ = [
         ("data", c_void_p),
         *((name, c_int64) for name in ("batch", "head", "token", "channel")),
@@ -52,7 +52,7 @@ class Shape(ctypes.Structure):
 class Forward(ctypes.Structure):
     _fields_ = [
         ("shape", Shape),
-        *((name, TokenView) for name in ("q", "k", "v_q", "v_k", "out_q", "out_k")),
+        *((name, Operand) for name in ("q", "k", "v_q", "v_k", "out_q", "out_k")),
         *((name, c_void_p) for name in ("row_lse", "column_lse", "partial", "kept")),
         ("parts", c_int),
     ]
@@ -61,12 +61,9 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     _fields_ = [
         ("shape", Shape),
-        *(
-            (name, TokenView)
-            for name in ("grad_out_q", "grad_out_k", "q", "k", "v_q", "v_k", "out_q", "out_k")
-        ),
+        *((name, Operand) for name in ("grad_out_q", "grad_out_k", "q", "k", "v_q", "v_k", "out_q", "out_k")),
         *((name, c_void_p) for name in ("row_lse", "column_lse")),
-        *((name, TokenView) for name in ("grad_q", "grad_k", "grad_v_q", "grad_v_k")),
+        *((name, Operand) for name in ("grad_q", "grad_k", "grad_v_q", "grad_v_k")),
         ("partial", c_void_p),
         ("kept", c_void_p),
         ("column_gain", c_float),
@@ -93,6 +90,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         made = file.with_suffix(f".{os.getpid()}")
         command = [
             compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+            "-U_FORTIFY_SOURCE",  # which takes a jump from one fiber's stack to another's for a mistake
             f"-DSTORAGE={storage}", f"-DBTI_FAST_CHANNELS={channels}", f"-I{ROOT / 'csrc'}",
             str(ROOT / "tests/csrc/cross_attention.cpp"), "-o", str(made),
         ]  # fmt: skip
@@ -118,8 +116,8 @@ class Guarded:
         return self.tensor
 
 
-def _view(x: Tensor) -> TokenView:
-    return TokenView(x.data_ptr(), *x.stride(), x.shape[3], 0)
+def _operand(x: Tensor) -> Operand:
+    return Operand(x.data_ptr(), *x.stride(), x.shape[3], 0)
 
 
 def _mask(mask: Tensor | None) -> MaskView:
@@ -154,7 +152,7 @@ def forward(
     made = [Guarded(value) for value in (v_q, v_k, torch.empty(q.shape[:3]), torch.empty(k.shape[:3]))]
     out_q, out_k, row_lse, column_lse = (one.tensor for one in made)
     shape = _shape(q, k, v_k, q_mask, k_mask, scale, splits)
-    views = map(_view, (q, k, v_q, v_k, out_q, out_k))
+    views = map(_operand, (q, k, v_q, v_k, out_q, out_k))
     job = Forward(shape, *views, row_lse.data_ptr(), column_lse.data_ptr(), None, None, 0)
     _run("cross_forward", q.dtype, job, limit, late, descending)
     return tuple(one.checked() for one in made)
@@ -169,8 +167,8 @@ def backward(
     grads = [one.tensor for one in made]
     shape = _shape(q, k, v_k, q_mask, k_mask, scale, splits)
     job = Backward(
-        shape, *map(_view, (grad_out_q, grad_out_k, q, k, v_q, v_k, out_q, out_k)), row_lse.data_ptr(),
-        column_lse.data_ptr(), *map(_view, grads), None, None, 0.0, 0.0,
+        shape, *map(_operand, (grad_out_q, grad_out_k, q, k, v_q, v_k, out_q, out_k)), row_lse.data_ptr(),
+        column_lse.data_ptr(), *map(_operand, grads), None, None, 0.0, 0.0,
     )  # fmt: skip
     _run("cross_backward", q.dtype, job, limit, late, descending)
     return tuple(one.checked() for one in made)

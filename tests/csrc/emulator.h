@@ -5,6 +5,7 @@
 //  - shared memory starts as NaN, and its accesses beyond the block's end hit a guard that is checked.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -74,7 +75,6 @@ class Block {
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = stacks_.data() + t * kStack;
       fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &main_;
       makecontext(&fiber.context, &Block::start, 0);
     }
     int left = threads;
@@ -85,7 +85,7 @@ class Block {
         if (fiber.done || (fiber.at != nullptr && fiber.at->generation == fiber.generation)) continue;
         fiber.at = nullptr;
         idle = 0;
-        swapcontext(&main_, &fiber.context);
+        resume(fiber);
         if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
         if (fiber.done) --left;
       }
@@ -118,8 +118,11 @@ class Block {
   }
 
  private:
+  // A context begins a fiber; later changes go by jumps, as changing contexts is two calls of the kernel each.
   struct Fiber {
     ucontext_t context;
+    jmp_buf here;
+    bool begun = false;
     Meeting* at = nullptr;
     int64_t generation = 0;
     int collectives = 0;
@@ -135,6 +138,15 @@ class Block {
       block->failure_ = std::current_exception();
     }
     block->fibers_[block->running_].done = true;
+    _longjmp(block->main_, 1);
+  }
+  __attribute__((noinline)) void resume(Fiber& fiber) {
+    if (_setjmp(main_) != 0) return;
+    if (std::exchange(fiber.begun, true)) _longjmp(fiber.here, 1);
+    setcontext(&fiber.context);
+  }
+  __attribute__((noinline)) void leave(Fiber& fiber) {
+    if (_setjmp(fiber.here) == 0) _longjmp(main_, 1);
   }
   static void perform(const Copy& copy) {
     std::memset(copy.to, 0, copy.bytes);
@@ -149,11 +161,11 @@ class Block {
     }
     fiber.at = &meeting;
     fiber.generation = meeting.generation;
-    swapcontext(&fiber.context, &main_);
+    leave(fiber);
   }
 
   const std::function<void()>* body_ = nullptr;
-  ucontext_t main_;
+  jmp_buf main_;
   std::vector<Fiber> fibers_;
   std::vector<Meeting> warps_;
   Meeting block_;
