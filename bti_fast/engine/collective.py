@@ -17,7 +17,7 @@ from bti_fast.errors import UserError
 
 Value = TypeVar("Value")
 # The first process may read a large data set, or write the report, while the others wait.
-PATIENCE = timedelta(hours=2)
+PATIENCE = timedelta(minutes=30)
 # How gloo and NCCL say that another process is not there any more.
 _NETWORK = re.compile(r"gloo|nccl|tcpstore|distributed", re.IGNORECASE)
 _LOST = re.compile(r"closed|reset|refused|broken pipe|timed out|timeout|remote|peer|heartbeat", re.IGNORECASE)

@@ -99,7 +99,7 @@ def _fit(
     note = InterruptNote()
     callbacks = [EpochRecorder(log, epochs), note]
     if place.world > 1:
-        callbacks.append(PlainTermination())
+        callbacks.append(PlainTermination(log))
     if log.writes and log.console.is_terminal:
         callbacks.append(BatchBar(log.console))
     deterministic = torch.are_deterministic_algorithms_enabled()

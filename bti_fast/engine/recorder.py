@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -222,11 +223,20 @@ class InterruptNote(lightning.Callback):
 
 
 class PlainTermination(lightning.Callback):
-    """Has SIGTERM end the process at once, which is harmless at any moment.
+    """Has SIGTERM, by which torchrun ends the others where a process is gone, end this one at once.
 
-    Lightning's handler tells the other processes first, and hangs where these are not there any more.
+    That is harmless at any moment; Lightning's handler would first tell the others, and wait for them.
     """
+
+    def __init__(self, run: RunLog) -> None:
+        self.run = run
 
     def on_train_start(self, trainer: Any, module: Stage) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, self._end)
+
+    def _end(self, *unused: Any) -> None:
+        if self.run.writes:
+            why = "ended by SIGTERM, as launchers do where another process was killed or failed"
+            os.write(2, f"bti-fast: {why}; go on with: bti-fast train --resume {self.run.folder}\n".encode())
+        os._exit(128 + signal.SIGTERM)

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from bti_fast.data import CaseDataset, read_dataset
+from bti_fast.engine.place import Place
 from bti_fast.engine.state import load_state
+from bti_fast.engine.train import _data_sets
 from bti_fast.errors import UserError
-from tests.engine.tiny import TinyEncoder, tiny_train
+from tests.engine.tiny import TinyEncoder, tiny_config, tiny_train
 
 ROOT = Path(__file__).resolve().parents[2]
 # Uneven parts: 11 training cases, some without mask or class, are joint batches of 4, 4 and 3.
@@ -108,6 +112,20 @@ def test_killed_in_one_process_and_resumed_under_torchrun(
     assert history(run) == history(pair[0])
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, pair[0]))
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_the_caches_of_a_machine_stay_below_one_limit(partial: Path, tmp_path: Path) -> None:
+    """Both data sets of every process together, in bytes; what does not fit is read again."""
+    index = read_dataset(partial)
+    splits = {"train": list(index.cases[:12]), "val": list(index.cases[12:]), "test": []}
+    one = CaseDataset(index.cases[:1], index.classes, 256).cache_bytes
+    assert one == 256 * 256 * (3 * 2 + 1) + 1
+    for processes, limit, expected in ((1, 4, 4 * 2**20 // one), (2, 4, 2 * 2**20 // one), (2, 0, 0)):
+        config = tiny_config(partial, tmp_path, size=256, cache_mb=limit)
+        place = Place(0, processes, 0, processes)
+        sets = _data_sets(config, splits, index.classes, place, Console(quiet=True))
+        assert sum(data.cache_bytes for data in sets) == expected * one <= (limit << 20) // processes
+        assert len(sets[1][0]["image"]) == 3
 
 
 def test_bad_numbers_of_processes(partial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
