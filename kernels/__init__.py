@@ -1,4 +1,9 @@
-"""Triton kernels, one file per operator; installed as `bti_fast.kernels`.
+"""Triton kernels; installed as `bti_fast.kernels`.
+
+An operator has a file of its name with its launchers, and one for its gradient where both would be long.
+Between task_interaction's two passes over x stands the algebra of its gates (`gate_algebra`, `batch_norm`,
+`gate_weight_gradient`). Shared are where elements of a map lie (`tiles`), launch shapes (`launch`,
+`autotune`), and helpers named after what they compute.
 
 Nothing here imports the rest of the package or decides whether a kernel is used: `bti_fast.ops` does.
 

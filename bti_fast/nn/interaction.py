@@ -152,7 +152,11 @@ class GatedInteraction(nn.Module):
             told = self.tim(seg, vector)
             return self.upa(seg, told.seg, vector, told.cls)
         weights = operator_weights(self.tim, self.upa)
-        return ops.task_interaction(seg, vector, weights, tau=self.tau, training=norm.training)
+        if not norm.training:
+            return ops.task_interaction(seg, vector, weights, tau=self.tau)
+        norm.num_batches_tracked.add_(1)
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        return ops.task_interaction(seg, vector, weights, tau=self.tau, training=True, momentum=momentum)
 
     def _logits(
         self, seg: Tensor, cls: Tensor, seg_logits: Tensor | None, cls_logits: Tensor | None

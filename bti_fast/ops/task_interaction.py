@@ -88,7 +88,13 @@ OPERATOR.add(triton_backend("task_interaction", passes.limits, passes.forward, p
 
 
 def task_interaction(
-    x: Tensor, y: Tensor, weights: TaskInteractionWeights, *, tau: float = 0.7, training: bool = False
+    x: Tensor,
+    y: Tensor,
+    weights: TaskInteractionWeights,
+    *,
+    tau: float = 0.7,
+    training: bool = False,
+    momentum: float = MOMENTUM,
 ) -> TaskInteraction:
     """One level's exchange between the segmentation and the classification decoder (TIM, then UPA).
 
@@ -98,7 +104,8 @@ def task_interaction(
         weights: a TaskInteractionWeights, which lists every shape.
         tau: strength of the modulation.
         training: True normalises with the batch's statistics and moves ``weights.bn_mean`` and
-            ``weights.bn_var`` towards them in place (momentum 0.01, unbiased variance).
+            ``weights.bn_var`` towards them in place (unbiased variance).
+        momentum: how far they are moved, in [0, 1]; the published value by default.
 
     Returns:
         TaskInteraction(x, y, gates, signals).
@@ -106,11 +113,14 @@ def task_interaction(
     Raises:
         TypeError: an argument is not a floating-point tensor, weights not a TaskInteractionWeights, tau not a
             number.
-        ValueError: a shape or a device does not fit, or training is asked for with a batch of one.
+        ValueError: a shape or a device does not fit, momentum is out of range, or training is asked for with
+            a batch of one.
 
     Source: SPEC 1.3; BTI-Net (arXiv 2606.29102), task interaction module and uncertainty-proxy attention.
     """
     _check(x, y, weights, tau)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"task_interaction: momentum must lie in [0, 1], got {momentum}")
     if training and x.shape[0] == 1:
         raise ValueError(
             "task_interaction: training=True needs at least 2 samples for batch statistics, got a batch of 1"
@@ -120,8 +130,8 @@ def task_interaction(
     result = OPERATOR.op(x, y, list(weights), float(tau), training)
     if training:
         with torch.no_grad():
-            weights.bn_mean.lerp_(result[4].to(weights.bn_mean.dtype), MOMENTUM)
-            weights.bn_var.lerp_(result[5].to(weights.bn_var.dtype), MOMENTUM)
+            weights.bn_mean.lerp_(result[4].to(weights.bn_mean.dtype), momentum)
+            weights.bn_var.lerp_(result[5].to(weights.bn_var.dtype), momentum)
     return TaskInteraction(*result[:4])
 
 

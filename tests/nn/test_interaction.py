@@ -154,6 +154,21 @@ def test_fixed_is_the_proxy_with_open_gates():
     assert found.uncertainty is None
 
 
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["0.1", "cumulative"])
+def test_running_statistics_move_as_those_of_the_layers(momentum):
+    torch.manual_seed(3)
+    module = GatedInteraction(6, 10).train()
+    module.tim.s2c_bn.momentum = momentum
+    layers = copy.deepcopy(module)
+    for _ in range(3):
+        seg, cls = torch.randn(4, 6, 9, 8), torch.randn(4, 10)
+        out, plain = module(seg, cls), layers.tim(seg, cls)
+        torch.testing.assert_close(out.gates, layers.upa(seg, plain.seg, cls, plain.cls).gates)
+    for name, value in layers.tim.s2c_bn.named_buffers():
+        torch.testing.assert_close(module.tim.s2c_bn.get_buffer(name), value, msg=name)
+    assert module.tim.s2c_bn.num_batches_tracked == 3
+
+
 def test_frozen_batch_statistics_stay_frozen():
     module = build("proxy").train()
     x, y = inputs(SHAPES["2d"])
