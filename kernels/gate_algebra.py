@@ -190,6 +190,7 @@ def gate_algebra(
         ALL_A=power_of_two(sizes.aligned.value),
         ALL_F=power_of_two(features),
         ALL_G=power_of_two(sizes.gate.value),
-        num_warps=4,  # with 8, some compilers keep to 64 registers and spill
+        # Whole registers everywhere: compilers that keep to 64 of them with 8 warps, or to 128 with 4, spill.
+        num_warps=8 if channels <= 64 else 4,
     )
     return scale, y_out, gates, signals, mean, var

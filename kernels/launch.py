@@ -43,7 +43,8 @@ TILES = {
     "modulate":               (Tile(4096, 4), Tile(4096, 4), Tile(4096, 4), Tile(4096, 4)),
 }  # fmt: skip
 
-# W1 x, pooled: sums that the registers hold, beside the offsets of scattered positions, or W1 in two terms.
+# W1 x, pooled: sums that the registers hold, beside offsets of scattered positions or of 64 bits, or W1 in
+# two terms.
 SUMS = {
     #             sm_80  sm_90  sm_100 gfx942
     "scattered": (4096,  4096,  4096,  4096),
@@ -101,15 +102,17 @@ def tile_shape(x: Tensor, last: bool, elements: int, waves: int = 4) -> tuple[in
     return block_c, block_p
 
 
-def dot_shape(x: Tensor, weight: Tensor, format: int) -> tuple[int, int, int]:
-    """(BLOCK_H, BLOCK_C, BLOCK_P) of a pass that multiplies W1 with tiles of x, its sums in registers."""
+def dot_shape(x: Tensor, weight: Tensor, format: int, wide: bool) -> tuple[int, int, int]:
+    """(BLOCK_H, BLOCK_C, BLOCK_P) of a pass that multiplies W1 with tiles of x, its sums in registers; wide:
+    offsets have 64 bits."""
     batch, channels = x.shape[:2]
     positions = positions_of(x)
     alike = weight.dtype == x.dtype
     block_h = min(power_of_two(weight.shape[0], 16), MAX_HIDDEN)
-    kind = "scattered" if format == ANY.value else "one term" if alike else "two terms"
+    kind = "scattered" if format == ANY.value or wide else "one term" if alike else "two terms"
     sums = entry(SUMS[kind], x.device)
-    block_p = min(max(sums // block_h, 32), 256, power_of_two(positions, 32))
+    longest = 256 if x.element_size() == 2 else 128
+    block_p = min(max(sums // block_h, 32), longest, power_of_two(positions, 32))
     while block_p > 32 and batch * triton.cdiv(positions, block_p) < multiprocessors(x.device):
         block_p //= 2
     held = 8192 if x.element_size() == 2 and alike else 4096

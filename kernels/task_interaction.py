@@ -117,7 +117,7 @@ def statistics(x: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
     hidden = conv_weight.shape[0]
     positions = positions_of(x)
     sizes, (mx,) = maps_of([(x, True)])
-    block_h, block_c, block_p = dot_shape(x, conv_weight, mx.format)
+    block_h, block_c, block_p = dot_shape(x, conv_weight, mx.format, needs_64_bits(mx.span))
     space = space_of(x, sizes, block_p)
     partial = x.new_empty((batch, space.tiles, channels + hidden + 1), dtype=torch.float32)
     statistics_kernel[(batch * space.tiles,)](

@@ -179,7 +179,8 @@ def reduce_gradient(
     batch, channels = x.shape[:2]
     hidden = conv_weight.shape[0]
     sizes, (mg, mx) = maps_of([(grad_x_out, True), (x, True)])
-    block_h, block_c, block_p = dot_shape(x, conv_weight, mx.format)
+    wide = needs_64_bits(mg.span, mx.span)
+    block_h, block_c, block_p = dot_shape(x, conv_weight, mx.format, wide)
     space = space_of(x, sizes, block_p)
     partial = x.new_empty((batch, space.tiles, channels), dtype=torch.float32)
     signs = torch.empty((batch, hidden, space.tiles * block_p // 32), dtype=torch.int32, device=x.device)
