@@ -99,7 +99,7 @@ def test_the_interpreter_is_never_chosen_by_itself():
 def test_more_hidden_channels_than_one_chunk():
     """640 channels have 320 hidden ones; the statistics hold 256 at once."""
     x, _, weight, bias, *_ = made(interaction_inputs, (1, 640, 9, 5))
-    assert launch.dot_shape(x, weight, tiles.PLANES.value)[0] < weight.shape[0]
+    assert launch.dot_shape(x, weight, tiles.PLANES.value, wide=False)[0] < weight.shape[0]
     hidden = torch.einsum("hc,bcyx->bhyx", weight.double(), x.double()) + bias.double().view(-1, 1, 1)
     truth = statistics(x.double(), weight.double(), bias.double())
     got = interaction.statistics(x, weight, bias)
