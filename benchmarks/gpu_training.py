@@ -49,7 +49,8 @@ def trained(
 ) -> dict[str, Any]:
     """Trains both stages (or goes on, or takes what is finished) and evaluates on the test cases.
 
-    Figures of SPEC 7 on the test split, and images per second of the best epoch of stage 1, reading included.
+    Figures of SPEC 7 on the test split, and images per second of the fastest epoch of stage 1, reading and
+    validation included.
     """
     from bti_fast.engine import EvaluateConfig, TrainConfig, evaluate, train
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -28,8 +29,11 @@ def text(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def markdown(rows: list[Row]) -> str:
-    """A page: versions, what numbers mean, problems, and a table an operator, the targets side by side."""
+def markdown(rows: list[Row], absent: Sequence[str] = ()) -> str:
+    """A page: versions, what numbers mean, problems, and a table an operator, the targets side by side.
+
+    absent: the operators that this run left out.
+    """
     wrong = [r for r in rows if r.problem]
     spilled = sum(r.spills > 0 for r in rows)
     parts = [
@@ -38,6 +42,7 @@ def markdown(rows: list[Row]) -> str:
         f"{versions()}. {len(rows)} kernels: {spilled} spill registers, {len(wrong)} with a problem.\n",
         "A cell holds registers a thread / bytes of shared memory a block / the share of a chip's warps that",
         "these let it hold. B: bytes read and written, each tensor once, for each element of the map.\n",
+        *([f"Not compiled in this run: {', '.join(absent)}.\n"] if absent else []),
         *(f"- {r.operator}, {r.specimen}, {r.kernel}, {r.target}: {r.problem}" for r in wrong),
     ]
     for operator in dict.fromkeys(r.operator for r in rows):

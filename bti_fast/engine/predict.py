@@ -19,7 +19,6 @@ from bti_fast.data import read_image
 from bti_fast.data.images import SUFFIXES
 from bti_fast.engine import run_folder
 from bti_fast.engine.device import choose_device, prepare_cpu
-from bti_fast.engine.figures import token_attention, write_png
 from bti_fast.engine.files import output_folder, write_csv, write_json
 from bti_fast.engine.inference import REFERRAL, Prediction, attention_modules, class_names, predict_images
 from bti_fast.engine.pictures import overlay, write_mask, write_picture
@@ -185,6 +184,8 @@ def _write(
     for path in paths.values():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
     if found.attention:
+        from bti_fast.engine.figures import token_attention, write_png  # matplotlib takes half a second
+
         write_png(token_attention(image, found.attention), folder / paths["attention"])
     write_mask(folder / paths["mask"], mask)
     write_picture(folder / paths["overlay"], overlay(image, mask))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bti_fast import ops
 from bti_fast.nn.checks import check_features, check_logits, check_map
 from bti_fast.nn.cross_decoder_attention import CrossDecoderAttention
+from bti_fast.nn.running_statistics import counted_share
 from bti_fast.nn.synchronised import synchronises
 from bti_fast.nn.task_interaction import TaskInteraction, UncertaintyProxyAttention, operator_weights
 
@@ -154,8 +155,7 @@ class GatedInteraction(nn.Module):
         weights = operator_weights(self.tim, self.upa)
         if not norm.training:
             return ops.task_interaction(seg, vector, weights, tau=self.tau)
-        norm.num_batches_tracked.add_(1)
-        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        momentum = counted_share(norm)
         return ops.task_interaction(seg, vector, weights, tau=self.tau, training=True, momentum=momentum)
 
     def _logits(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast.nn.dilated_depthwise import convolve, gradients
+from bti_fast.nn.running_statistics import counted_share
 from bti_fast.nn.synchronised import synchronises
 
 DILATIONS = (1, 2, 4)
@@ -26,9 +27,8 @@ def normalised_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """
     if not (recomputes(x) and isinstance(norm, nn.BatchNorm2d)) or synchronises(norm):
         return F.silu(norm(x), inplace=not torch.is_grad_enabled())
-    if norm.training:
-        norm.num_batches_tracked.add_(1)
-    statistics = norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
+    momentum = counted_share(norm) if norm.training else 0.0
+    statistics = norm.running_mean, norm.running_var, norm.training, momentum, norm.eps
     return _NormalisedSilu.apply(x, norm.weight, norm.bias, *statistics)[0]
 
 

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bti_fast.nn.running_statistics import counted_share
+
 
 class SynchronisedBatchNorm(_BatchNorm):
     """What torch.nn.SyncBatchNorm is for GPUs alone: one batch over all processes of the default group.
@@ -21,8 +23,7 @@ class SynchronisedBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         y, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            share = counted_share(self)
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
                 self.running_var.lerp_(variance.to(self.running_var.dtype), share)

@@ -65,10 +65,6 @@ def _reference_backward(*args):
     return [like(grad, value) for grad, value in zip(grads, (x, y, *weights), strict=True)]
 
 
-def _narrow(x, y, weights, *_):
-    return narrower_than_float64(x, y, *weights)
-
-
 OPERATOR = Operator(
     name="task_interaction",
     schema="(Tensor x, Tensor y, Tensor[] weights, float tau, bool training)"
@@ -83,8 +79,8 @@ OPERATOR = Operator(
     differentiable=4,
 )
 OPERATOR.add(reference_backend(_reference_forward, _reference_backward))
-OPERATOR.add(compiled_backend("cpu", "task_interaction", _narrow))
-OPERATOR.add(triton_backend("task_interaction", passes.limits, passes.forward, passes.backward))
+OPERATOR.add(compiled_backend("cpu", "task_interaction", narrower_than_float64))
+OPERATOR.add(triton_backend("task_interaction", narrower_than_float64, passes.forward, passes.backward))
 
 
 def task_interaction(

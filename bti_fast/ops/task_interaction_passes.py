@@ -6,14 +6,8 @@ import importlib
 
 from torch import Tensor
 
-from bti_fast.ops.backends import narrower_than_float64
 from bti_fast.ops.dispatch import like
 from bti_fast.reference import TaskInteractionWeights, task_interaction, task_interaction_backward
-
-
-def limits(x: Tensor, y: Tensor, weights: list[Tensor], tau: float, training: bool) -> str | None:
-    """Why the kernels cannot run this call, or None."""
-    return narrower_than_float64(x, y, weights)
 
 
 def forward(x: Tensor, y: Tensor, weights: list[Tensor], tau: float, training: bool) -> tuple[Tensor, ...]:
