@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from bti_fast.engine.options import check_ranges, flag, option
 from bti_fast.errors import UserError
 
-Interaction = Literal["none", "fixed", "proxy", "entropy", "attention"]
+Interaction = Literal["encoder-sharing", "none", "fixed", "proxy", "entropy", "attention"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class TrainConfig:
     )
     interaction: Interaction = option(
         "proxy",
-        "How the two decoders help each other: none, fixed, proxy (the paper), entropy or attention.",
+        "How the two decoders help each other: none, fixed, proxy (the paper), entropy or attention; "
+        "encoder-sharing has one decoder, for the mask alone.",
         "Model",
     )
     dropout: float = option(
@@ -259,7 +260,7 @@ class AblateConfig(TrainConfig):
     """
 
     rows: tuple[str, ...] = option(
-        get_args(Interaction), "Interactions to compare; all five if none is named.", "Ablation"
+        get_args(Interaction), "Interactions to compare; all if none is named.", "Ablation"
     )
     seeds: int = option(3, "Runs of each, with seeds that follow on each other.", "Ablation", low=1, high=100)
 

@@ -18,7 +18,8 @@ from bti_fast.nn.checkpointing import checkpointed
 from bti_fast.nn.folding import fold
 from bti_fast.nn.interaction import FixedInteraction, GatedInteraction
 
-INTERACTIONS = ("none", "fixed", "proxy", "entropy", "attention")
+INTERACTIONS = ("encoder-sharing", "none", "fixed", "proxy", "entropy", "attention")
+WITHOUT_EXCHANGE = ("encoder-sharing", "none")
 DECODER_CHANNELS = (384, 192, 96, 48)
 HEAD_CHANNELS = (24, 16)
 CLS_FEATURES = 256
@@ -46,21 +47,22 @@ class BTINetOutput(NamedTuple):
 class DecoderLevel(nn.Module):
     """Upsampling, gated skip and residual block of one level, and the class features it exchanges with.
 
-    below (B, Cb, h, w), skip (B, Cs, H, W), pooled (B, Cp) -> seg (B, C, H, W), cls (B, 256).
+    below (B, Cb, h, w), skip (B, Cs, H, W), pooled (B, Cp) -> seg (B, C, H, W), cls (B, 256). With pooled
+    None the level has no class features, and cls is None.
     """
 
-    def __init__(self, below: int, skip: int, pooled: int, channels: int, dropout: float) -> None:
+    def __init__(self, below: int, skip: int, pooled: int | None, channels: int, dropout: float) -> None:
         super().__init__()
         self.up = UpConv(below, channels)
         self.gate = AttentionGate(skip, channels, channels // 2)
         self.block = ResidualBlock(channels + skip, channels)
         self.dropout = nn.Dropout(dropout)
-        self.features = nn.Linear(pooled, CLS_FEATURES)
+        self.features = None if pooled is None else nn.Linear(pooled, CLS_FEATURES)
 
-    def forward(self, below: Tensor, skip: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, below: Tensor, skip: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
         up = self.up(below, skip.shape[2:])
         seg = self.dropout(self.block(torch.cat((up, self.gate(skip, up)), 1)))
-        return seg, F.relu(self.features(pooled))
+        return seg, None if self.features is None else F.relu(self.features(pooled))
 
 
 class UpConv(nn.ConvTranspose2d):
@@ -93,8 +95,9 @@ class BTINet(nn.Module):
     encoder: "efficientnet-b0" to "efficientnet-b7", or any module that returns five maps (B, C, h, w), finest
     first, at about 1/2 to 1/32 of the size (its channels from `encoder_channels`, else its attribute
     `channels`, else a dry run on 64x64).
-    interaction: "none", "fixed" (exchange without gates), "proxy" (the paper), "entropy", or "attention" (the
-    paper's with cross-decoder attention before it).
+    interaction: "encoder-sharing" (one decoder, for the mask; the class is told from the encoder's maps),
+    "none" (two decoders that do not exchange), "fixed" (exchange without gates), "proxy" (the paper),
+    "entropy", or "attention" (the paper's with cross-decoder attention before it).
     encoder_weights: a local file of encoder weights; nothing is ever downloaded.
     image_mean, image_std: per channel, in units of 0..1; None takes ImageNet's for three channels, their
     average otherwise. They are stored with the weights.
@@ -160,7 +163,8 @@ class BTINet(nn.Module):
         s1, s2, s3, s4, bridge = self.encoder_channels
         self.residual = nn.ModuleList(ResidualBlock(c, c, attention=True) for c in self.encoder_channels)
         below = (bridge, *DECODER_CHANNELS[:-1])
-        pooled = (bridge, s4, s3, s2)
+        two = interaction != "encoder-sharing"
+        pooled = (bridge, s4, s3, s2) if two else (None,) * len(DECODER_CHANNELS)
         self.levels = nn.ModuleList(
             DecoderLevel(b, skip, p, c, dropout)
             for b, skip, p, c in zip(below, (s4, s3, s2, s1), pooled, DECODER_CHANNELS, strict=True)
@@ -171,7 +175,8 @@ class BTINet(nn.Module):
         self.seg_up = UpConv(DECODER_CHANNELS[-1], HEAD_CHANNELS[0])
         self.seg_conv = nn.Conv2d(HEAD_CHANNELS[0], HEAD_CHANNELS[1], 3, padding=1)
         self.seg_out = nn.Conv2d(HEAD_CHANNELS[1], seg_classes, 1)
-        self.cls_fc = nn.Linear(s2 + s3 + s4 + bridge + len(DECODER_CHANNELS) * CLS_FEATURES, CLS_FEATURES)
+        told = s2 + s3 + s4 + bridge + two * len(DECODER_CHANNELS) * CLS_FEATURES
+        self.cls_fc = nn.Linear(told, CLS_FEATURES)
         self.cls_bn = nn.BatchNorm1d(CLS_FEATURES, eps=BN_EPS, momentum=BN_MOMENTUM)
         self.cls_dropout = nn.Dropout(dropout)
         self.cls_out = nn.Linear(CLS_FEATURES, cls_classes)
@@ -195,11 +200,12 @@ class BTINet(nn.Module):
             self.levels, self.interactions, (s4, s3, s2, s1), pooled, strict=True
         ):
             seg, cls = self._run(level, seg, skip, p)
-            if self.interaction != "none":
+            if self.interaction not in WITHOUT_EXCHANGE:
                 out = exchange(seg, cls)
                 seg, cls = out.seg, out.cls
                 interactions.append(out)
-            tokens.append(cls)
+            if cls is not None:
+                tokens.append(cls)
         seg = F.relu_(self.seg_conv(self.seg_up(seg, image.shape[2:])))
         cls = self.cls_bn(F.relu(self.cls_fc(torch.cat((*reversed(pooled), *tokens), 1))))
         return BTINetOutput(
@@ -236,7 +242,7 @@ class BTINet(nn.Module):
             raise ValueError(f"image: found {image.shape[2]}x{image.shape[3]} pixels, needed at least 32x32")
 
     def gate_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that stage 2 of the recipe trains; none without gates ("none", "fixed")."""
+        """The parameters that stage 2 of the recipe trains; none without gates."""
         for exchange in self.interactions:
             if isinstance(exchange, GatedInteraction):
                 yield from exchange.gate_parameters()
@@ -294,7 +300,7 @@ class BTINet(nn.Module):
 
 
 def _interaction(kind: str, channels: int, seg_classes: int, cls_classes: int) -> nn.Module:
-    if kind == "none":
+    if kind in WITHOUT_EXCHANGE:
         return nn.Identity()
     if kind == "fixed":
         return FixedInteraction(channels, CLS_FEATURES)

@@ -86,7 +86,7 @@ class FoldedContextFusion(nn.Module):
         if x.shape[2] * x.shape[3] >= x.shape[1]:  # scale the matrices, which are smaller than the maps
             kernels = [depthwise.weight for depthwise in self.depthwise]
             return mixed_scales(x, kernels, weights[:, :, None, None] * self.matrices, bias)
-        mixed = bias[:, None].expand(-1, x.shape[2] * x.shape[3], -1).flatten(0, 1)  # [B·P, C]
+        mixed = bias.repeat_interleave(x.shape[2] * x.shape[3], 0)  # [B·P, C]
         for number, depthwise in enumerate(self.depthwise):
             rows = rows_of(depthwise(x)) * weights[:, number, None, None]
             mixed = mixed.addmm_(rows.flatten(0, 1), self.matrices[number].T)

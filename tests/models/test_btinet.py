@@ -10,7 +10,7 @@ from torch import nn
 
 from bti_fast.errors import UserError
 from bti_fast.models import BTINet
-from bti_fast.models.btinet import INTERACTIONS, UpConv
+from bti_fast.models.btinet import INTERACTIONS, WITHOUT_EXCHANGE, UpConv
 from tests.nn.golden import Golden, relative_error
 
 from .test_encoders import Bomb, Pyramid
@@ -51,6 +51,13 @@ def test_the_published_network_has_the_published_size():
     assert trainable + statistics + normalisation == 57_557_647
 
 
+def test_encoder_sharing_lacks_the_class_decoder_alone(networks):
+    count = {kind: sum(p.numel() for p in networks[kind].parameters()) for kind in WITHOUT_EXCHANGE}
+    *_, s2, s3, s4, bridge = networks["none"].encoder_channels
+    class_decoder = (s2 + s3 + s4 + bridge + 4) * 256 + 4 * 256 * 256  # and what its features tell the head
+    assert count["none"] - count["encoder-sharing"] == class_decoder
+
+
 @pytest.mark.parametrize("size", [(64, 64), (97, 131)])
 @pytest.mark.parametrize("kind", INTERACTIONS)
 def test_masks_come_back_at_the_input_size(networks, kind, size):
@@ -60,7 +67,7 @@ def test_masks_come_back_at_the_input_size(networks, kind, size):
     assert out.seg_logits.shape == (2, 1, *size) and out.cls_logits.shape == (2, 3)
     heights = [(size[0] + 2**k - 1) // 2**k for k in (4, 3, 2, 1)]
     widths = [(size[1] + 2**k - 1) // 2**k for k in (4, 3, 2, 1)]
-    assert [g.shape for g in out.gates] == ([] if kind == "none" else [(2, 2)] * 4)
+    assert [g.shape for g in out.gates] == ([] if kind in WITHOUT_EXCHANGE else [(2, 2)] * 4)
     if kind == "fixed":
         assert all(torch.equal(g, torch.ones(2, 2)) for g in out.gates)
     maps = [(2, h, w) for h, w in zip(heights, widths, strict=True)]
@@ -90,7 +97,8 @@ def test_a_training_step_reaches_every_parameter(networks, kind):
 
 def test_gates_alone_are_trained_in_the_second_stage(networks):
     counts = {kind: len(list(model.gate_parameters())) for kind, model in networks.items()}
-    assert counts == {"none": 0, "fixed": 0, "proxy": 24, "attention": 24, "entropy": 12}
+    without = dict.fromkeys((*WITHOUT_EXCHANGE, "fixed"), 0)
+    assert counts == {**without, "proxy": 24, "attention": 24, "entropy": 12}
     for kind in ("proxy", "entropy"):
         model = copy.deepcopy(networks[kind])
         model.requires_grad_(False)
@@ -319,8 +327,9 @@ def test_wrong_images_are_refused_by_name(networks, image, error, message):
         networks["none"](image)
 
 
+@pytest.mark.parametrize("size", [(2, 3, 72, 96), (1, 3, 32, 45)])
 @pytest.mark.parametrize("interaction", INTERACTIONS)
-def test_folded_network_gives_the_same_outputs(interaction):
+def test_folded_network_gives_the_same_outputs(interaction, size):
     torch.manual_seed(0)
     model = BTINet("efficientnet-b0", interaction=interaction).eval()
     for part in model.modules():
@@ -329,7 +338,7 @@ def test_folded_network_gives_the_same_outputs(interaction):
             part.running_var.uniform_(0.5, 2)
             part.weight.data.normal_(1, 0.3)
     folded = model.fold()
-    image = torch.rand(2, 3, 72, 96)
+    image = torch.rand(*size)
     with torch.no_grad():
         expected, got = copy.deepcopy(model).double()(image.double()), folded(image)
     for name in ("seg_logits", "cls_logits"):

@@ -25,15 +25,18 @@ def unsettle(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "size", [(3, 2), (9, 11)], ids=["channels_exceed_positions", "positions_exceed_channels"]
+    "size",
+    [(1, 1), (3, 2), (9, 11)],
+    ids=["one_position", "channels_exceed_positions", "positions_exceed_channels"],
 )
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
 )
-def test_context_fusion(size, memory_format):
+def test_context_fusion(batch, size, memory_format):
     torch.manual_seed(0)
     msf = MultiScaleContextFusion(24)
-    x = torch.randn(3, 24, *size).contiguous(memory_format=memory_format)
+    x = torch.randn(batch, 24, *size).contiguous(memory_format=memory_format)
     with torch.no_grad():
         expected = copy.deepcopy(msf).double()(x.double())
         torch.testing.assert_close(FoldedContextFusion(msf)(x).double(), expected, rtol=1e-5, atol=1e-6)
