@@ -291,7 +291,7 @@ def test_an_unwritable_place_is_refused_and_the_old_file_stays(networks, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interaction": "gated"}, "interaction: found 'gated', needed one of none"),
+        ({"interaction": "gated"}, "interaction: found 'gated', needed one of encoder-sharing, none"),
         ({"cls_classes": 0}, "cls_classes: found 0"),
         ({"seg_classes": True}, "seg_classes: found True"),
         ({"in_channels": 2.0}, "in_channels: found 2.0"),
