@@ -199,3 +199,7 @@ def compare_tables(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
