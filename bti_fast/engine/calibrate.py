@@ -102,7 +102,8 @@ def _logits(
         channels = subject.model.config["in_channels"]
         images = [read_image(case.image, channels) for case in batch]
         inputs = inference.network_input(subject.model.to(subject.device), images, subject.device)
-        _, seg, cls = inference.logits(subject.model, inputs)
+        with torch.inference_mode():
+            seg, cls = inference.scaled_logits(subject.model, subject.model(inputs))
         for case, image, z, row in zip(
             batch, images, seg[:, 0].double().cpu(), cls.double().cpu(), strict=True
         ):

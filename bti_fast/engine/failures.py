@@ -58,11 +58,11 @@ def failures(
     cost = {}
     image = read_image(test[0].image, subject.model.config["in_channels"])
     batch = min(config.batch_size, len(test))
-    for prefix, group in ((None, [(subject.model, False)]), *members.items()):
+    for prefix, group in ((None, [(subject.model, 0)]), *members.items()):
         if prefix is not None:
             add_sampled_signals(prefix, group, test, rows, config.batch_size, subject.device)
         seconds = seconds_an_image(group, image, batch, subject.device)
-        cost[prefix] = {"passes": len(group), "milliseconds": 1000 * seconds}
+        cost[prefix] = {"passes": sum(passes or 1 for _, passes in group), "milliseconds": 1000 * seconds}
     names = [name for name in SINGLE if any(name in row["failure_signals"] for row in rows)]
     signals = {name: {**_judge(rows, name), **cost[None]} for name in names}
     for prefix in members:
@@ -91,12 +91,11 @@ def failures(
 
 def _members(
     config: FailuresConfig, subject: Subject, encoder: torch.nn.Module | None
-) -> dict[str, list[tuple[Any, bool]]]:
-    """The networks (and whether their dropout is on) of each sampled set; UserError where one does not
-    fit."""
-    found: dict[str, list[tuple[Any, bool]]] = {}
+) -> dict[str, list[tuple[Any, int]]]:
+    """The networks of each sampled set, with their passes with dropout; UserError where one does not fit."""
+    found: dict[str, list[tuple[Any, int]]] = {}
     if config.passes:
-        found[DROPOUT] = [(subject.model, True)] * config.passes
+        found[DROPOUT] = [(subject.model, config.passes)]
     if config.ensemble:
         others = []
         for name in config.ensemble:
@@ -108,8 +107,8 @@ def _members(
                     f"{name}: knows the classes {', '.join(class_names(model))}; an ensemble needs those of "
                     f"{config.model}: {', '.join(subject.names)}"
                 )
-            others.append((model.to(subject.device), False))
-        found[ENSEMBLE] = [(subject.model, False), *others]
+            others.append((model.to(subject.device), 0))
+        found[ENSEMBLE] = [(subject.model, 0), *others]
     return found
 
 

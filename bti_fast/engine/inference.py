@@ -66,21 +66,41 @@ def predict_images(
     *,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
-    dropout: bool = False,
     attention: bool = False,
 ) -> Iterator[Prediction]:
     """Predicts (id, image float32 (C, H, W) in 0..1) pairs in order; the model is left in evaluation mode.
 
-    The temperatures in the model's metadata are applied. dropout leaves the dropout layers active
-    (MC-dropout), drawn from torch's global generator. attention keeps where each class-side token looks.
+    The temperatures in the model's metadata are applied. attention keeps where each class-side token looks.
     """
-    model = model.to(device).eval()
+    for batch, inputs in _batches(model, images, batch_size, device):
+        with recorded_attention(model) if attention else nullcontext([]) as looked, torch.inference_mode():
+            out = model(inputs)
+        yield from _predictions(model, batch, out, [level.float().cpu().numpy() for level in looked])
+
+
+def sample_images(
+    model: Any,
+    images: Iterable[tuple[str, np.ndarray]],
+    passes: int,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+) -> Iterator[list[Prediction]]:
+    """MC-dropout: for each image what predict_images gives in `passes` passes with the dropout layers active,
+    drawn from torch's global generator."""
+    for batch, inputs in _batches(model, images, batch_size, device):
+        drawn = [_predictions(model, batch, out) for out in dropout_passes(model, inputs, passes)]
+        yield from map(list, zip(*drawn, strict=True))
+
+
+def _batches(
+    model: Any, images: Iterable[tuple[str, np.ndarray]], batch_size: int, device: torch.device | str
+) -> Iterator[tuple[list[tuple[str, np.ndarray]], torch.Tensor]]:
+    """The images in batches, each with what the network takes; the model is put on the device to evaluate."""
+    model.to(device).eval()
     pending = iter(images)
     while batch := list(islice(pending, batch_size)):
-        inputs = network_input(model, [image for _, image in batch], device)
-        with active_dropout(model) if dropout else nullcontext():
-            predictions = _predict_batch(model, batch, inputs, attention)
-        yield from predictions
+        yield batch, network_input(model, [image for _, image in batch], device)
 
 
 def network_input(
@@ -128,24 +148,29 @@ def active_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def logits(model: Any, inputs: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """The network's output, and its mask and class logits in fp32 divided by their temperatures."""
-    out = model(inputs)
+def dropout_passes(model: Any, inputs: torch.Tensor, passes: int) -> list[Any]:
+    """The network's outputs in `passes` passes with its dropout layers active.
+
+    The encoder runs once where no dropout layer is in it.
+    """
+    with active_dropout(model):
+        if any(isinstance(module, torch.nn.Dropout) for module in model.encoder.modules()):
+            return [model(inputs) for _ in range(passes)]
+        maps = model.encode(inputs)
+        return [model.decode(maps, inputs.shape[2:]) for _ in range(passes)]
+
+
+def scaled_logits(model: Any, out: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask and class logits of the network's output, in fp32, divided by their temperatures."""
     scale = model.metadata.get(TEMPERATURE, {})
-    return (
-        out,
-        out.seg_logits.float() / scale.get("mask", 1.0),
-        out.cls_logits.float() / scale.get("class", 1.0),
-    )
+    return out.seg_logits.float() / scale.get("mask", 1.0), out.cls_logits.float() / scale.get("class", 1.0)
 
 
 @torch.inference_mode()
-def _predict_batch(
-    model: Any, batch: list[tuple[str, np.ndarray]], inputs: torch.Tensor, attention: bool
+def _predictions(
+    model: Any, batch: list[tuple[str, np.ndarray]], out: Any, looked: Sequence[np.ndarray] = ()
 ) -> list[Prediction]:
-    with recorded_attention(model) if attention else nullcontext([]) as looked:
-        out, seg_logits, cls_logits = logits(model, inputs)
-    looked = [level.float().cpu().numpy() for level in looked]
+    seg_logits, cls_logits = scaled_logits(model, out)
     prob = seg_logits.sigmoid() if seg_logits.shape[1] == 1 else 1 - seg_logits.softmax(1)[:, :1]
     mask_entropy = entropy_uncertainty(seg_logits).flatten(1).mean(1).tolist()
     class_entropy = entropy_uncertainty(cls_logits).tolist()

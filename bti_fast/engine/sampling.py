@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from bti_fast.data import Case, read_image
 from bti_fast.engine.inference import (
     MASK_THRESHOLD,
-    active_dropout,
+    Prediction,
+    dropout_passes,
     failure_score,
     network_input,
     predict_images,
+    sample_images,
 )
 
 # What a set of passes says of a case; each name follows the prefix of its set.
@@ -51,56 +53,60 @@ def sampled_signals(
 
 def add_sampled_signals(
     prefix: str,
-    members: Sequence[tuple[Any, bool]],
+    members: Sequence[tuple[Any, int]],
     cases: Sequence[Case],
     rows: Sequence[dict[str, Any]],
     batch_size: int,
     device: torch.device,
 ) -> None:
-    """Adds sampled_signals over (network, dropout) members to each row's failure signals.
+    """Adds sampled_signals over the members to each row's failure signals.
 
-    Every image is read once for all members.
+    A member is a network and its number of passes with dropout, 0 for a single pass without. Every image is
+    read once for all.
     """
     for start in range(0, len(cases), batch_size):
         chunk = cases[start : start + batch_size]
-        passes: list[Iterator[Any]] = []
         images: dict[int, list[tuple[str, np.ndarray]]] = {}
-        for model, dropout in members:
+        found: list[list[Prediction]] = [[] for _ in chunk]
+        for model, passes in members:
             channels = model.config["in_channels"]
             if channels not in images:
                 images[channels] = [(case.id, read_image(case.image, channels)) for case in chunk]
-            passes.append(
-                predict_images(model, images[channels], batch_size=batch_size, device=device, dropout=dropout)
-            )
-        for row, found in zip(rows[start:], zip(*passes, strict=True), strict=False):
-            masks, classes = [one.mask_prob for one in found], [one.class_prob for one in found]
+            shown = {"batch_size": batch_size, "device": device}
+            if passes:
+                drawn = sample_images(model, images[channels], passes, **shown)
+            else:
+                drawn = ([one] for one in predict_images(model, images[channels], **shown))
+            for of_case, more in zip(found, drawn, strict=True):
+                of_case += more
+        for row, of_case in zip(rows[start:], found, strict=False):
+            masks, classes = [one.mask_prob for one in of_case], [one.class_prob for one in of_case]
             row["failure_signals"].update(sampled_signals(prefix, masks, classes))
 
 
 def seconds_an_image(
-    members: Sequence[tuple[Any, bool]], image: np.ndarray, batch_size: int, device: torch.device
+    members: Sequence[tuple[Any, int]], image: np.ndarray, batch_size: int, device: torch.device
 ) -> float:
-    """Wall time of one pass of every member over a batch, over its images, after a first pass to warm up.
+    """Wall time of the passes of every member over a batch, over its images, after one pass to warm up.
 
     The median of three where that takes few passes.
     """
 
-    def once(members: Sequence[tuple[Any, bool]]) -> None:
-        for model, dropout in members:
+    @torch.inference_mode()
+    def once(members: Sequence[tuple[Any, int]]) -> None:
+        for model, passes in members:
             channels = model.config["in_channels"]
             picture = image if image.shape[0] == channels else np.repeat(image[:1], channels, axis=0)
             inputs = network_input(model.to(device).eval(), [picture] * batch_size, device)
-            with torch.inference_mode():
-                if dropout:
-                    with active_dropout(model):
-                        model(inputs)
-                else:
-                    model(inputs)
+            if passes:
+                dropout_passes(model, inputs, passes)
+            else:
+                model(inputs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    once(members[:1])
-    repeats = 3 if len(members) <= 3 else 1
+    once([(members[0][0], 0)])
+    repeats = 3 if sum(passes or 1 for _, passes in members) <= 3 else 1
     return median(_seconds(lambda: once(members)) for _ in range(repeats)) / batch_size
 
 

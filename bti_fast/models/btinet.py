@@ -187,13 +187,25 @@ class BTINet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, image: Tensor) -> BTINetOutput:
+        return self.decode(self.encode(image), image.shape[2:])
+
+    def encode(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The five maps (B, C, h, w) that the decoders start from, finest first; channels as
+        `encoder_channels`."""
         self._check(image)
         if self.seg_conv.weight.is_contiguous(memory_format=torch.channels_last):
             image = image.contiguous(memory_format=torch.channels_last)
         shape = (1, -1, 1, 1)
         maps = self.encoder((image - self.image_mean.reshape(shape)) / self.image_std.reshape(shape))
         check_maps(maps, self.encoder_channels)
-        s1, s2, s3, s4, bridge = (self._run(block, m) for block, m in zip(self.residual, maps, strict=True))
+        return tuple(self._run(block, m) for block, m in zip(self.residual, maps, strict=True))
+
+    def decode(self, maps: Sequence[Tensor], size: Sequence[int]) -> BTINetOutput:
+        """What both decoders make of encode()'s maps, with masks of `size` (H, W).
+
+        All dropout of ours is in here: passes of MC-dropout share one encode().
+        """
+        s1, s2, s3, s4, bridge = maps
         pooled = [m.mean((2, 3)) for m in (bridge, s4, s3, s2)]
         seg, tokens, interactions = bridge, [], []
         for level, exchange, skip, p in zip(
@@ -206,7 +218,7 @@ class BTINet(nn.Module):
                 interactions.append(out)
             if cls is not None:
                 tokens.append(cls)
-        seg = F.relu_(self.seg_conv(self.seg_up(seg, image.shape[2:])))
+        seg = F.relu_(self.seg_conv(self.seg_up(seg, size)))
         cls = self.cls_bn(F.relu(self.cls_fc(torch.cat((*reversed(pooled), *tokens), 1))))
         return BTINetOutput(
             self.seg_out(seg),

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bti_fast.data import read_dataset, read_image
 from bti_fast.engine import CalibrateConfig, FailuresConfig, PredictConfig, calibrate, failures, predict
-from bti_fast.engine.inference import active_dropout, predict_images
+from bti_fast.engine.inference import active_dropout, network_input, predict_images, sample_images
 from bti_fast.engine.loaders import read_split
 from bti_fast.engine.run_folder import load_model
 from bti_fast.engine.sampling import sampled_signals
@@ -126,13 +126,33 @@ def test_dropout_is_on_for_its_passes_alone(finished_run: Path) -> None:
     image = [("a", np.random.default_rng(0).random((3, 40, 40), dtype=np.float32))]
     plain = [next(predict_images(model, image)).class_prob for _ in range(2)]
     torch.manual_seed(0)
-    dropped = [next(predict_images(model, image, dropout=True)).class_prob for _ in range(2)]
+    dropped = [one.class_prob for one in next(sample_images(model, image, 2))]
     assert plain[0] == plain[1] and plain[0] not in dropped and dropped[0] != dropped[1]
     assert next(predict_images(model, image)).class_prob == plain[0]
     with active_dropout(model):
         on = {name for name, module in model.named_modules() if module.training}
     assert on and all(isinstance(model.get_submodule(name), torch.nn.Dropout) for name in on)
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dropping_encoder", [False, True])
+def test_passes_share_the_encoder_unless_it_drops_too(finished_run: Path, dropping_encoder: bool) -> None:
+    model = load_model(finished_run / "model.safetensors", TinyEncoder())
+    if dropping_encoder:
+        model.encoder.steps[1].append(torch.nn.Dropout(0.5))
+    encoded = []
+    model.encoder.register_forward_hook(lambda *_: encoded.append(1))
+    images = [(str(n), np.random.default_rng(n).random((3, 40, 40), dtype=np.float32)) for n in range(3)]
+    torch.manual_seed(0)
+    drawn = list(sample_images(model, images, 4, batch_size=3))
+    assert len(encoded) == (4 if dropping_encoder else 1)
+    assert [[one.id for one in passes] for passes in drawn] == [[name] * 4 for name, _ in images]
+    torch.manual_seed(0)
+    with active_dropout(model), torch.inference_mode():
+        inputs = network_input(model, [image for _, image in images])
+        whole = [model(inputs).cls_logits.double().softmax(1).tolist() for _ in range(4)]
+    for number, passes in enumerate(drawn):
+        assert [one.class_prob for one in passes] == [each[number] for each in whole]
 
 
 def test_sampled_signals_by_hand() -> None:
