@@ -1,7 +1,8 @@
 # Two commands do everything on a fresh machine:
 #   make demo   sets up and runs the main job: train, evaluate and predict (DATA=path for your own images)
 #   make test   sets up and passes the tests
-# Variables: PYTHON (python3), TORCH (what pip installs where no torch is there yet), DATA, OUT, THREADS.
+# Variables: PYTHON (python3), TORCH (what pip installs where no torch is there yet), DATA, OUT, THREADS,
+# TEST_PROCESSES (4): at most so many tests at a time.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,6 +10,7 @@ VENV ?= .venv
 OUT ?= demo
 DATA ?=
 THREADS ?= 2
+TEST_PROCESSES ?= 4
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard _build_backend/*.py csrc/*/*)
@@ -22,7 +24,7 @@ demo: $(VENV)/.train
 	@echo "Pictures and reports: $(OUT)"
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n logical --maxprocesses $(TEST_PROCESSES) --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

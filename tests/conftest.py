@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Several test processes share the cores: threads that wait must not spin. Read when torch is first imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Without a GPU the Triton kernels run in Triton's interpreter, as each file decides when it is imported.
 # Interpreted they would take CUDA tensors too, and tests on a GPU would never run what was compiled.
 if os.environ.get("BTI_FAST_TEST_DEVICE", "cpu") == "cpu":
