@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bti_fast.errors import UserError
 
+from . import network
 from .rows import MACHINE, PEAK, TIME, Row, gains, losses, read, together, with_best_sdpa
 from .whole_network import shares
 
@@ -17,6 +18,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- figures: begin (bti-fast benchmark --readme) -->", "<!-- figures: end -->"
 MAPPED = "entropy_uncertainty", "gated_fusion", "task_interaction"  # at every level of the decoders
 GROUP_NAMES = {"3D": "32 channels, 48³", "layout": "other memory layout", "dtype": "bfloat16 and float16"}
+PROVIDER_NAMES = {
+    "reference": "operators in plain PyTorch, contiguous layout, the allocator as it comes",
+    "bti_fast:folded": "bti_fast, `model.fold()`",
+    "bti_fast:checkpointing": "bti_fast, activation checkpointing",
+}
 MODES = {"forward": "forward", "forward+backward": "with backward"}
 
 
@@ -138,28 +144,43 @@ def _other_groups(rows: Sequence[Row]) -> str:
 
 
 def _network(rows: Sequence[Row]) -> str:
+    """The whole network: seconds, times faster than with reference operators, and peak memory."""
     peaks = {(row.size, row.mode, row.provider, row.run): row.p50 for row in rows if row.metric == PEAK}
-    lines = [
-        "| BTINet | mode | | seconds | peak, GB | reference backend | faster |",
+    found = defaultdict(dict)
+    for row in rows:
+        if row.kernel == "BTINet" and row.metric == TIME:
+            encoder, size, interaction = row.size.split()
+            found[encoder, size, interaction, row.provider][row.mode] = row
+    lines = []
+    for key in sorted(found, key=lambda key: (key[0], -int(key[1].split("x")[0]), key[2] == "proxy")):
+        encoder, size, interaction, provider = key
+        cells = []
+        for mode in network.MODES:
+            row, base = (found.get((*key[:3], name), {}).get(mode) for name in (provider, "reference"))
+            if row is None:
+                cells += ["", ""]
+                continue
+            faster = f" ({base.p50 / row.p50:.2f} times faster)" if base and base is not row else ""
+            peak = peaks[row.size, mode, provider, row.run]
+            cells += [f"{row.p50 / 1e3:.2f}{faster}", f"{peak / 1e3:.1f}"]
+        name = PROVIDER_NAMES.get(provider, provider)
+        lines.append(f"| {encoder}, {size} | {interaction} | {name} | {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    head = [
+        "| BTINet | interaction | | inference, s | peak, GB | training step, s | peak, GB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row, peers in together(rows):
-        if row.kernel != "BTINet":
-            continue
-        peak = f"{peaks[row.size, row.mode, row.provider, row.run] / 1e3:.1f}"
-        cells = [row.size, row.mode, row.provider, f"{row.p50 / 1e3:.2f}", peak, "–", "–"]
-        if base := peers.get("reference"):
-            base_peak = peaks[base.size, base.mode, base.provider, base.run] / 1e3
-            cells[-2:] = f"{base.p50 / 1e3:.2f} ({base_peak:.1f} GB)", f"{base.p50 / row.p50:.2f}"
-        lines.append(f"| {' | '.join(cells)} |")
-    if len(lines) == 2:
-        return ""
     parts = [
-        f"{row.size.split()[-1]} {share:.1%} ({row.mode})"
+        f"{row.size.split()[-1]} {share:+.1%} ({row.mode})"
         for row, share in shares(rows)
         if row.provider == "bti_fast"
     ]
-    return "\n".join(lines) + (f"\n\nShare of the interaction: {', '.join(parts)}." if parts else "")
+    share = (
+        "\n\nWhat an interaction adds to the network's time, by the difference to none (fresh processes "
+        f"differ by a few percent, so small and negative ones say nothing): {', '.join(parts)}."
+    )
+    return "\n".join(head + lines) + (share if parts else "")
 
 
 def _losses(rows: Sequence[Row]) -> str:

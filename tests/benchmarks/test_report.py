@@ -74,7 +74,9 @@ def test_readme_section_from_a_table(tmp_path):
 
 def test_readme_shows_the_network_with_its_memory(tmp_path):
     def measured(provider: str, interaction: str, seconds: float, gb: float) -> list:
-        row = timed(provider, 1e3 * seconds, kernel="BTINet", mode="training step", size=f"b4 {interaction}")
+        row = timed(
+            provider, 1e3 * seconds, kernel="BTINet", mode="training step", size=f"b4 8x3x9x9 {interaction}"
+        )
         return [row, replace(row, metric=PEAK, p20=1e3 * gb, p50=1e3 * gb, p80=1e3 * gb)]
 
     rows = [
@@ -84,6 +86,7 @@ def test_readme_shows_the_network_with_its_memory(tmp_path):
     ]
     save(tmp_path / "a.csv", rows)
     made = readme.section(tmp_path)
-    assert "| b4 proxy | training step | bti_fast | 8.00 | 4.0 | 12.00 (5.0 GB) | 1.50 |" in made
-    assert "| b4 none | training step | bti_fast | 7.60 | 3.9 | – | – |" in made
-    assert "proxy 5.0% (training step)" in made
+    assert "| b4, 8x3x9x9 | none | bti_fast |  |  | 7.60 | 3.9 |\n| b4, 8x3x9x9 | proxy | operators" in made
+    assert "the allocator as it comes |  |  | 12.00 | 5.0 |" in made
+    assert "| b4, 8x3x9x9 | proxy | bti_fast |  |  | 8.00 (1.50 times faster) | 4.0 |" in made
+    assert "proxy +5.0% (training step)" in made
