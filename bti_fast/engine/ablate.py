@@ -61,10 +61,10 @@ def ablate(
     """Trains and evaluates config.rows x config.seeds and writes ablation.json, ablation.csv, ablation.md,
     figures/ablation.png and report.html to config.out; each cell is the run folder OUT/ROW-seedN.
 
-    Called again it goes on where it was stopped; processes that name different rows may work on one config.out
-    at a time, and a last call with all rows makes the table. All cells share data, split and budget; seed n of
-    one row is paired with seed n of another. encoder makes an encoder of five feature maps for each cell. UserError for
-    bad input, and where the folder holds an ablation of other settings.
+    Called again it goes on where it was stopped; processes that name different rows may work on one
+    config.out at a time, and a last call with all rows makes the table. All cells share data, split and
+    budget; seed n of one row is paired with seed n of another. encoder makes an encoder of five feature maps
+    for each cell. UserError for bad input, and where the folder holds an ablation of other settings.
     """
     console = console or Console(stderr=True)
     config = config.checked()
