@@ -47,8 +47,8 @@ def build_parser() -> Parser:
     ablate = Parser(
         usage="bti-fast ablate [ROW ...] --data PATH --out DIR --seeds 3 [options]",
         description="The paper's ablation: train and evaluate every interaction on the same splits with the "
-        "same budget and several seeds. Stopped, the same command goes on; rows may be divided between shells "
-        "that share --out, before a last run of all. All options of train apply.",
+        "same budget and several seeds. Stopped, the same command goes on; rows may be divided between "
+        "shells that share --out, before a last run of all. All options of train apply.",
     )
     add_settings(ablate, AblateConfig, positional=("rows",), unused=("interaction",))
     commands.add_subcommand("ablate", ablate, help="compare the interactions over several seeds")
