@@ -43,7 +43,7 @@ def test_defaults_are_the_paper_recipe() -> None:
         ({"augment": 1}, "--augment 1: must be true or false"),
         (
             {"interaction": "some"},
-            "--interaction some: must be one of none, fixed, proxy, entropy, attention",
+            "--interaction some: must be one of encoder-sharing, none, fixed, proxy, entropy, attention",
         ),
         ({"channels": 2}, "--channels 2: must be one of 1, 3"),
         ({"val_fraction": 0.6, "test_fraction": 0.5}, "both together must be below 1"),
