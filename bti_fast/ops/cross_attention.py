@@ -34,13 +34,8 @@ class CrossAttention(NamedTuple):
 
 
 def _fake(q, k, v_q, v_k, q_mask, k_mask, scale):
-    dtype = accumulate_dtype(q)
-    return (
-        torch.empty_like(v_q),
-        torch.empty_like(v_k),
-        q.new_empty(q.shape[:3], dtype=dtype),
-        k.new_empty(k.shape[:3], dtype=dtype),
-    )
+    shape = (*q.shape[:2], q.shape[2] + k.shape[2], 2)
+    return torch.empty_like(v_q), torch.empty_like(v_k), q.new_empty(shape, dtype=accumulate_dtype(q))
 
 
 def _fake_backward(grad_q, grad_k, q, k, v_q, v_k, *saved):
@@ -51,8 +46,8 @@ def _in_layout(forward, backward):
     """Forward and backward whose results lie as the fakes promise."""
 
     def run(q, k, v_q, v_k, *rest):
-        out_q, out_k, row_lse, column_lse = forward(q, k, v_q, v_k, *rest)
-        return like(out_q, v_q), like(out_k, v_k), row_lse.contiguous(), column_lse.contiguous()
+        out_q, out_k, statistics = forward(q, k, v_q, v_k, *rest)
+        return like(out_q, v_q), like(out_k, v_k), statistics.contiguous()
 
     def run_backward(*args):
         return tuple(like(grad, value) for grad, value in zip(backward(*args), args[2:6], strict=True))
@@ -90,14 +85,14 @@ def _too_small(device: str) -> str | None:
 OPERATOR = Operator(
     name="cross_attention",
     schema="(Tensor q, Tensor k, Tensor v_q, Tensor v_k, Tensor? q_mask, Tensor? k_mask, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     backward_schema="(Tensor grad_out_q, Tensor grad_out_k, Tensor q, Tensor k, Tensor v_q, Tensor v_k,"
-    " Tensor out_q, Tensor out_k, Tensor row_lse, Tensor column_lse, Tensor? q_mask, Tensor? k_mask,"
-    " float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor out_q, Tensor out_k, Tensor statistics, Tensor? q_mask, Tensor? k_mask, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     fake_backward=_fake_backward,
     saves=lambda inputs, outputs: (*inputs[:4], *outputs, *inputs[4:]),
-    primals=lambda args: (*args[2:6], *args[10:]),
+    primals=lambda args: (*args[2:6], *args[9:]),
     gradients=lambda primals, result: (*result, None, None, None),
     differentiable=2,
 )

@@ -16,14 +16,14 @@ def sdpa_cross_attention(
     q_mask: Tensor | None,  # (B, N)
     k_mask: Tensor | None,  # (B, M)
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the reference; the log-sum-exps stay empty, since this backend's backward does not need them."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference; the statistics stay empty, since this backend's backward does not need them."""
     q, v_q = _drop_masked(q, q_mask), _drop_masked(v_q, q_mask)
     k, v_k = _drop_masked(k, k_mask), _drop_masked(v_k, k_mask)
     out_q = _attend(q, k, v_k, q_mask, k_mask, scale)
     out_k = _attend(k, q, v_q, k_mask, q_mask, scale)
-    dtype = accumulate_dtype(q)
-    return out_q, out_k, q.new_zeros(q.shape[:3], dtype=dtype), k.new_zeros(k.shape[:3], dtype=dtype)
+    shape = (*q.shape[:2], q.shape[2] + k.shape[2], 2)
+    return out_q, out_k, q.new_zeros(shape, dtype=accumulate_dtype(q))
 
 
 def sdpa_cross_attention_backward(
@@ -35,8 +35,7 @@ def sdpa_cross_attention_backward(
     v_k: Tensor,
     out_q: Tensor,
     out_k: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
+    statistics: Tensor,
     q_mask: Tensor | None,
     k_mask: Tensor | None,
     scale: float,

@@ -16,11 +16,12 @@ def cross_attention(
     q_mask: Tensor | None,  # (B, N) bool, True = takes part
     k_mask: Tensor | None,  # (B, M) bool
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out_q (B, h, N, e), out_k (B, h, M, e), the log-sum-exps of the rows (B, h, N) and columns (B, h, M).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out_q (B, h, N, e), out_k (B, h, M, e), and the statistics of both softmaxes (B, h, N + M, 2).
 
+    Statistics, of the N rows, then of the M columns: a peak, and the logarithm of the sum of e^(score - peak).
     A masked token leaves both softmaxes, and what it holds (NaN included) reaches no other token; a row with
-    nothing to attend to gives zeros, zero gradients and a log-sum-exp of -inf. SPEC 1.4.
+    nothing to attend to gives zeros, zero gradients, and statistics of 0 and -inf. SPEC 1.4.
     """
     dtype, out_dtype = accumulate_dtype(q), q.dtype
     q, v_q = _drop_masked(q.to(dtype), q_mask), _drop_masked(v_q.to(dtype), q_mask)
@@ -30,9 +31,9 @@ def cross_attention(
         similarity = similarity.masked_fill(~q_mask[:, None, :, None], -torch.inf)
     if k_mask is not None:
         similarity = similarity.masked_fill(~k_mask[:, None, None, :], -torch.inf)
-    rows, row_lse = _softmax(similarity)
-    columns, column_lse = _softmax(similarity.transpose(-1, -2))
-    return (rows @ v_k).to(out_dtype), (columns @ v_q).to(out_dtype), row_lse, column_lse
+    rows, of_rows = _softmax(similarity)
+    columns, of_columns = _softmax(similarity.transpose(-1, -2))
+    return (rows @ v_k).to(out_dtype), (columns @ v_q).to(out_dtype), torch.cat((of_rows, of_columns), 2)
 
 
 def cross_attention_backward(
@@ -44,8 +45,7 @@ def cross_attention_backward(
     v_k: Tensor,
     out_q: Tensor,
     out_k: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
+    statistics: Tensor,
     q_mask: Tensor | None,
     k_mask: Tensor | None,
     scale: float,
@@ -60,12 +60,12 @@ def _drop_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last axis and its log-sum-exp; rows of -inf give zeros and -inf."""
+    """Softmax over the last axis, and its peak and log of the sum; rows of -inf give zeros, 0 and -inf."""
     if scores.shape[-1] == 0:
-        return scores, scores.new_full(scores.shape[:-1], -torch.inf)
+        return scores, scores.new_tensor((0.0, -torch.inf)).expand(*scores.shape[:-1], 2)
     peak = scores.amax(-1, keepdim=True).detach()
     shift = peak.masked_fill(peak == -torch.inf, 0.0)
     e = torch.exp(scores - shift)
     total = e.sum(-1, keepdim=True)
     weights = e / total.masked_fill(total == 0, 1.0)
-    return weights, (shift + torch.log(total)).squeeze(-1).detach()
+    return weights, torch.cat((shift, torch.log(total)), -1).detach()

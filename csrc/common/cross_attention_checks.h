@@ -44,18 +44,16 @@ inline void check_mask(const std::optional<torch::stable::Tensor>& mask, const c
 // What the backward gets beside the forward's inputs.
 inline void check_cross_attention_backward(const torch::stable::Tensor& grad_out_q,
                                            const torch::stable::Tensor& grad_out_k, const torch::stable::Tensor& out_q,
-                                           const torch::stable::Tensor& out_k, const torch::stable::Tensor& row_lse,
-                                           const torch::stable::Tensor& column_lse, const torch::stable::Tensor& v_q,
-                                           const torch::stable::Tensor& v_k) {
+                                           const torch::stable::Tensor& out_k, const torch::stable::Tensor& statistics,
+                                           const torch::stable::Tensor& v_q, const torch::stable::Tensor& v_k) {
   for (const auto& [x, name] : {std::pair{&grad_out_q, "grad_out_q"}, std::pair{&out_q, "out_q"}})
     check_tokens(*x, name, v_q, v_q.size(2), v_q.size(3));
   for (const auto& [x, name] : {std::pair{&grad_out_k, "grad_out_k"}, std::pair{&out_k, "out_k"}})
     check_tokens(*x, name, v_k, v_k.size(2), v_k.size(3));
-  for (const auto& [lse, values] : {std::pair{&row_lse, &v_q}, std::pair{&column_lse, &v_k}})
-    STD_TORCH_CHECK(lse->scalar_type() == torch::headeronly::ScalarType::Float && lse->is_contiguous() &&
-                        lse->numel() == values->size(0) * values->size(1) * values->size(2) &&
-                        lse->device() == values->device(),
-                    "row_lse and column_lse must be the forward's");
+  STD_TORCH_CHECK(statistics.scalar_type() == torch::headeronly::ScalarType::Float && statistics.is_contiguous() &&
+                      statistics.numel() == 2 * v_q.size(0) * v_q.size(1) * (v_q.size(2) + v_k.size(2)) &&
+                      statistics.device() == v_q.device(),
+                  "statistics must be the forward's");
 }
 
 }  // namespace bti_fast

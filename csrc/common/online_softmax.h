@@ -7,12 +7,24 @@
 namespace bti_fast {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kNothing = -__builtin_inff();  // peak, and log-sum-exp, of no terms at all
+constexpr float kNothing = -__builtin_inff();  // peak, and logarithm of the sum, of no terms at all
+
+// What a softmax leaves to its gradient, for which a weight is e^((score - peak) - log_sum). Added up they would be one
+// log-sum-exp, which in float32 is 5e-4 coarse at 1e4, and so would be every weight.
+struct alignas(8) SoftmaxStatistics {
+  float peak, log_sum;  // of no terms: 0 and kNothing
+};
 
 // A peak that can be subtracted: where there are no terms, or only terms of weight zero, any finite one will do.
 template <typename S>
 BTI_FAST_HD S softmax_shift(S peak) {
   return peak == -__builtin_inff() ? S(0) : peak;
+}
+
+// A logarithm that can be subtracted: where there was nothing to sum, one that makes every weight zero.
+template <typename S>
+BTI_FAST_HD S softmax_log(S log_sum) {
+  return log_sum == -__builtin_inff() ? -log_sum : log_sum;
 }
 
 // The peak of two parts together. A NaN among the terms shows in the sums, so a peak may ignore it.

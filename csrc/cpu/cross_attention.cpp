@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <optional>
 
@@ -70,14 +69,13 @@ void combine(const Job& job, const Kernel& kernel) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k, const Tensor& v_q,
-                                                           const Tensor& v_k, const std::optional<Tensor>& q_mask,
-                                                           const std::optional<Tensor>& k_mask, double scale) {
+std::tuple<Tensor, Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k, const Tensor& v_q,
+                                                   const Tensor& v_k, const std::optional<Tensor>& q_mask,
+                                                   const std::optional<Tensor>& k_mask, double scale) {
   using torch::stable::new_empty;
   const CrossShape s = shape_of(q, k, v_q, v_k, q_mask, k_mask, scale);
   const Tensor out_q = torch::stable::empty_like(v_q), out_k = torch::stable::empty_like(v_k);
-  const Tensor row_lse = new_empty(q, {s.batch, s.heads, s.n}, kFloat);
-  const Tensor column_lse = new_empty(q, {s.batch, s.heads, s.m}, kFloat);
+  const Tensor statistics = new_empty(q, {s.batch, s.heads, s.n + s.m, 2}, kFloat);
   const Tensor partial = new_empty(q, {s.batch * s.heads * s.splits * forward_partial(s)}, kFloat);
   const CrossForward job{s,
                          token_view_of(q),
@@ -86,29 +84,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention(const Tensor& q, cons
                          token_view_of(v_k),
                          token_view_of(out_q),
                          token_view_of(out_k),
-                         static_cast<float*>(row_lse.mutable_data_ptr()),
-                         static_cast<float*>(column_lse.mutable_data_ptr()),
+                         static_cast<SoftmaxStatistics*>(statistics.mutable_data_ptr()),
                          static_cast<float*>(partial.mutable_data_ptr())};
   sweep(job, BTI_FAST_SELECT(cross_forward));
   combine(job, BTI_FAST_SELECT(cross_forward_combine));
-  return {out_q, out_k, row_lse, column_lse};
+  return {out_q, out_k, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
     const Tensor& grad_out_q, const Tensor& grad_out_k, const Tensor& q, const Tensor& k, const Tensor& v_q,
-    const Tensor& v_k, const Tensor& out_q, const Tensor& out_k, const Tensor& row_lse, const Tensor& column_lse,
+    const Tensor& v_k, const Tensor& out_q, const Tensor& out_k, const Tensor& statistics,
     const std::optional<Tensor>& q_mask, const std::optional<Tensor>& k_mask, double scale) {
   using torch::stable::empty_like;
   using torch::stable::new_empty;
   const CrossShape s = shape_of(q, k, v_q, v_k, q_mask, k_mask, scale);
-  check_cross_attention_backward(grad_out_q, grad_out_k, out_q, out_k, row_lse, column_lse, v_q, v_k);
+  check_cross_attention_backward(grad_out_q, grad_out_k, out_q, out_k, statistics, v_q, v_k);
   const Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v_q = empty_like(v_q), grad_v_k = empty_like(v_k);
   const Tensor partial = new_empty(q, {s.batch * s.heads * s.splits * backward_partial(s)}, kFloat);
-  const float* lse = static_cast<const float*>(column_lse.const_data_ptr());
-  const bool exact = std::any_of(lse, lse + column_lse.numel(), [](float x) {
-    return !plain_lse(x, kPlainColumn) && x != -std::numeric_limits<float>::infinity();
-  });
-  const Tensor columns = new_empty(q, {exact ? s.batch * s.heads * 2 * s.m : 0}, kFloat);
   const CrossBackward job{s,
                           token_view_of(grad_out_q),
                           token_view_of(grad_out_k),
@@ -118,18 +110,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
                           token_view_of(v_k),
                           token_view_of(out_q),
                           token_view_of(out_k),
-                          static_cast<const float*>(row_lse.const_data_ptr()),
-                          lse,
+                          static_cast<const SoftmaxStatistics*>(statistics.const_data_ptr()),
                           token_view_of(grad_q),
                           token_view_of(grad_k),
                           token_view_of(grad_v_q),
                           token_view_of(grad_v_k),
-                          static_cast<float*>(partial.mutable_data_ptr()),
-                          exact ? static_cast<float*>(columns.mutable_data_ptr()) : nullptr};
-  if (exact) {
-    sweep(job, BTI_FAST_SELECT(cross_backward_columns));
-    combine(job, BTI_FAST_SELECT(cross_backward_columns_combine));
-  }
+                          static_cast<float*>(partial.mutable_data_ptr())};
   sweep(job, BTI_FAST_SELECT(cross_backward));
   combine(job, BTI_FAST_SELECT(cross_backward_combine));
   return {grad_q, grad_k, grad_v_q, grad_v_k};

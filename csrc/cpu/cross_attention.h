@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/online_softmax.h"
 #include "common/token_view.h"
 #include "cpu/isa_dispatch.h"
 
@@ -24,26 +25,25 @@ constexpr int64_t kPadding = 16;  // between rows of scratch matrices: keeps the
 struct CrossForward {
   CrossShape shape;
   TokenView q, k, v_q, v_k, out_q, out_k;
-  float* row_lse;     // (B, h, N)
-  float* column_lse;  // (B, h, M)
-  float* partial;     // (B, h, splits, forward_partial)
+  SoftmaxStatistics* statistics;  // (B, h, N + M), of the rows, then of the columns
+  float* partial;                 // (B, h, splits, forward_partial)
 };
 
 struct CrossBackward {
   CrossShape shape;
   TokenView grad_out_q, grad_out_k, q, k, v_q, v_k, out_q, out_k;
-  const float* row_lse;
-  const float* column_lse;
+  const SoftmaxStatistics* statistics;
   TokenView grad_q, grad_k, grad_v_q, grad_v_k;
-  float* partial;       // (B, h, splits, backward_partial)
-  float* column_exact;  // (B, h, 2, M): peak and sum of every column; nullptr where no log-sum-exp needs it
+  float* partial;  // (B, h, splits, backward_partial)
 };
 
 // Log-sum-exps for which exponentials relative to 0 lose nothing: they stay below e^60, and what drops off their lower
-// end, e^-87, is nothing beside e^-40. Beyond, a log-sum-exp in float32 is also too coarse to give the weights back:
-// rows then find their own peak again, and columns do so in a sweep of their own.
+// end, e^-87, is nothing beside e^-40. Other weights need an exponential of each direction, relative to its own peak.
 constexpr float kPlainLow = -40.0f, kPlainRow = 40.0f, kPlainColumn = 60.0f;
-inline bool plain_lse(float lse, float high) { return lse >= kPlainLow && lse <= high; }
+inline float log_sum_exp(const SoftmaxStatistics& of) { return of.peak + of.log_sum; }
+inline bool is_plain(const SoftmaxStatistics& of, float high) {
+  return log_sum_exp(of) >= kPlainLow && log_sum_exp(of) <= high;
+}
 
 inline int64_t padded(int64_t count) { return (count + 31) / 32 * 32; }
 
@@ -61,8 +61,6 @@ inline int64_t cross_scratch(const CrossShape& s) {
 // Tasks are (batch, head, split), the last fastest; combining is done per (batch, head).
 BTI_FAST_KERNEL(void, cross_forward, (const CrossForward& job, int64_t begin, int64_t end, float* scratch))
 BTI_FAST_KERNEL(void, cross_forward_combine, (const CrossForward& job, int64_t begin, int64_t end))
-BTI_FAST_KERNEL(void, cross_backward_columns, (const CrossBackward& job, int64_t begin, int64_t end, float* scratch))
-BTI_FAST_KERNEL(void, cross_backward_columns_combine, (const CrossBackward& job, int64_t begin, int64_t end))
 BTI_FAST_KERNEL(void, cross_backward, (const CrossBackward& job, int64_t begin, int64_t end, float* scratch))
 BTI_FAST_KERNEL(void, cross_backward_combine, (const CrossBackward& job, int64_t begin, int64_t end))
 

@@ -7,10 +7,16 @@ namespace BTI_FAST_ISA {
 
 namespace {
 
-bool plain_rows(const MaskView& mask, int64_t batch, int64_t first, int64_t end, const float* lse) {
+bool plain_rows(const MaskView& mask, int64_t batch, int64_t first, int64_t end, const SoftmaxStatistics* rows) {
   bool plain = true;
   for (int64_t i = first; i < end; ++i)
-    plain &= plain_lse(lse[i], kPlainRow) || (mask.data != nullptr && !mask.data[batch * mask.batch + i * mask.token]);
+    plain &= is_plain(rows[i], kPlainRow) || (mask.data != nullptr && !mask.data[batch * mask.batch + i * mask.token]);
+  return plain;
+}
+
+bool plain_columns(const Columns& columns, const SoftmaxStatistics* statistics) {
+  bool plain = true;
+  for (int64_t j = 0; j < columns.count; ++j) plain &= is_plain(statistics[columns.index[j]], kPlainColumn);
   return plain;
 }
 
@@ -47,7 +53,6 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
   }
   s.vectors = (count + kLanes - 1) / kLanes;
   s.width = padded(m) + kPadding;
-  s.inside = lanes_before(count, (s.vectors - 1) * kLanes);
   Arena arena{scratch};
   const int64_t q_row = d + kPadding, v_row = e + kPadding;
   s.scores = arena.take(kTileTokens * s.width);
@@ -63,18 +68,19 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
   s.grad_transposed = arena.take(padded(m) * e);
   s.grad_panels = arena.take(padded(m) * padded(e));
   s.column_mean = arena.take(s.width);
-  s.column_shift = arena.take(s.width);
-  s.column_inverse = arena.take(s.width);
+  s.column_peak = arena.take(s.width);
+  s.column_log = arena.take(s.width);
   s.sum_k = arena.take(d * s.width);
   s.sum_v = arena.take(e * s.width);
   for (int64_t j = 0; j < d * s.width; ++j) s.sum_k[j] = 0.0f;
   for (int64_t j = 0; j < e * s.width; ++j) s.sum_v[j] = 0.0f;
 
-  const float* row_lse = job.row_lse + index * shape.n;
-  const float* column_lse = job.column_lse + index * m;
-  s.plain = plain_columns(s.columns, column_lse) && plain_rows(shape.q_mask, batch, first, end, row_lse);
+  const SoftmaxStatistics* row_statistics = job.statistics + index * (shape.n + m);
+  const SoftmaxStatistics* column_statistics = row_statistics + shape.n;
+  s.plain = plain_columns(s.columns, column_statistics) &&
+            plain_rows(shape.q_mask, batch, first, end, row_statistics);
   float* rows = arena.take(count * (d > e ? d : e));
-  pack_class_side<T>(job, s, batch, head, column_lse, rows, arena.take(count * e));
+  pack_class_side<T>(job, s, batch, head, column_statistics, rows, arena.take(count * e));
 
   float ones[kTileTokens];
   for (float& one : ones) one = 1.0f;
@@ -89,7 +95,7 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
     prefetch_tile(v_q, job.v_q, begin + kTileTokens, end, e);
     prefetch_tile(out_q, job.out_q, begin + kTileTokens, end, e);
     prefetch_tile(grad_out_q, job.grad_out_q, begin + kTileTokens, end, e);
-    row_factors(s, tokens, row_lse);
+    row_factors(s, tokens, row_statistics);
     if (s.plain) {
       plain_gradient(s, shape.scale, tokens.rows());
     } else {

@@ -1,5 +1,5 @@
-// Gradient of a tile's scores in the backward sweep of cross_attention (kernels only). With P = e^(s - lse) of either
-// direction,   dS = P_row (dO_q v_k' - mean_row) + P_col (v_q dO_k' - mean_col),   mean = sum over channels of dO * O.
+// Gradient of a tile's scores in the backward sweep of cross_attention (kernels only). With P = e^(s - peak - log_sum) of
+// either direction, dS = P_row (dO_q v_k' - mean_row) + P_col (v_q dO_k' - mean_col), mean = sum over channels of dO * O.
 // Ordinary log-sum-exps ("plain" splits): with E = e^s, a = e^-lse_row and b = e^-lse_col, P_row = a E and P_col = b E;
 // a goes into dO_q and mean_row, b into dO_k and mean_col, so that one exponential and one chain of products give
 //   dS = E ((a dO_q) v_k' + v_q (b dO_k)' - a mean_row - b mean_col).
@@ -14,7 +14,6 @@ namespace BTI_FAST_ISA {
 struct Sweep {
   int64_t d, e, width, vectors;
   Columns columns;
-  VecF inside;  // of the last vector of columns: 1 where there is one, 0 beyond
   bool plain;
   float *scores, *other, *gradient;        // E or P_col, P_row, dS [tokens, width]
   float *q, *v, *grad, *out;               // copies of tiles [tokens, d or e + kPadding]
@@ -22,9 +21,9 @@ struct Sweep {
   float *k_transposed, *k, *v_transposed;  // panels
   float *grad_transposed, *grad_panels;    // panels of dO_k, times b in plain splits
   float *column_mean;                      // mean_col, times b in plain splits
-  float *column_shift, *column_inverse;    // wide splits: P_col = e^(s - shift) inverse
+  float *column_peak, *column_log;         // wide splits: P_col = e^(s - peak - log)
   float *sum_k, *sum_v;                    // dk / scale [d, width] and dv_k [e, width]
-  float row_mean[kTileTokens];
+  float row_mean[kTileTokens], row_peak[kTileTokens], row_log[kTileTokens];
 };
 
 struct PlainGradient {
@@ -105,50 +104,49 @@ __attribute__((noinline)) inline void plain_gradient(const Sweep& s, float scale
 
 __attribute__((noinline)) inline void wide_gradient(const Sweep& s, float scale, int rows) {
   product(s.q_tile.data, s.q_tile.row, packed(s.k_transposed, s.d), s.d, scale, s.scores, s.width, rows, s.vectors);
-  const int64_t last = (s.vectors - 1) * kLanes;
   for (int i = 0; i < rows; ++i) {
     float* x = s.scores + i * s.width;
     float* p = s.other + i * s.width;
-    store_dense(s.inside > 0 ? load_dense(x + last) : splat<VecF>(kNothing), x + last);
-    float peak = kNothing;
-    for (int64_t j = 0; j < s.columns.count; ++j) peak = softmax_peak(x[j], peak);
-    const float shift = softmax_shift(peak);
-    VecF sum{};
-    for (int64_t v = 0; v <= last; v += kLanes) {
-      const VecF y = exp_exact(load_dense(x + v) - shift);
-      store_dense(y, p + v);
-      sum += y;
-    }
-    const float inverse = softmax_inverse(lane_sum(sum));
-    for (int64_t v = 0; v <= last; v += kLanes) {
-      store_dense(load_dense(p + v) * inverse, p + v);
-      const VecF y = exp_exact(load_dense(x + v) - load_dense(s.column_shift + v));
-      store_dense(y * load_dense(s.column_inverse + v), x + v);
+    for (int64_t v = 0; v < s.vectors * kLanes; v += kLanes) {
+      const VecF score = load_dense(x + v);
+      store_dense(exp_exact((score - s.row_peak[i]) - s.row_log[i]), p + v);
+      store_dense(exp_exact((score - load_dense(s.column_peak + v)) - load_dense(s.column_log + v)), x + v);
     }
   }
   for_blocks(rows, s.vectors, WideGradient<true>{s});
   for_blocks(rows, s.vectors, WideGradient<false>{s});
 }
 
-// mean_row of a tile, and in plain splits a = e^-lse into it and into dO_q.
-BTI_FAST_INLINE void row_factors(Sweep& s, const TileTokens& tokens, const float* lse) {
+// mean_row of a tile and the peaks and logarithms of its rows; in plain splits a = e^-lse goes into mean_row and dO_q. In
+// others it is added up as accumulate() adds up dO_q v_k', of which it is subtracted: where a softmax has chosen one
+// token, the difference is an exact zero, and no rounding stays to be multiplied by large tokens.
+BTI_FAST_INLINE void row_factors(Sweep& s, const TileTokens& tokens, const SoftmaxStatistics* statistics) {
   const int64_t row = s.e + kPadding;
   for (int i = 0; i < tokens.rows(); ++i) {
     float* g = s.grad + i * row;
-    VecF dot{};
-    if (i < tokens.count)
-      for (int64_t c = 0; c < s.e; c += kLanes) dot += load_dense(g + c) * load_dense(s.out_tile.data + i * s.out_tile.row + c);
-    s.row_mean[i] = s.columns.count == 1 ? 0.0f : lane_sum(dot);
+    const float* out = s.out_tile.data + i * s.out_tile.row;
+    float mean = 0.0f;
+    if (i < tokens.count && s.plain) {
+      VecF dot{};
+      for (int64_t c = 0; c < s.e; c += kLanes) dot += load_dense(g + c) * load_dense(out + c);
+      mean = lane_sum(dot);
+    } else if (i < tokens.count) {
+      for (int64_t c = 0; c < s.e; ++c) mean += g[c] * out[c];
+    }
+    s.row_mean[i] = s.columns.count == 1 ? 0.0f : mean;
+    const SoftmaxStatistics own = i < tokens.count ? statistics[tokens.first + tokens.index[i]] : SoftmaxStatistics{};
+    s.row_peak[i] = own.peak;
+    s.row_log[i] = softmax_log(own.log_sum);
     if (!s.plain || i >= tokens.count) continue;
-    const VecF a = exp2_bounded(splat<VecF>(lse[tokens.first + tokens.index[i]] * -kLog2E));
+    const VecF a = exp2_bounded(splat<VecF>(log_sum_exp(own) * -kLog2E));
     s.row_mean[i] *= a[0];
     for (int64_t c = 0; c < s.e; c += kLanes) store_dense(load_dense(g + c) * a, g + c);
   }
 }
 
 template <typename T>
-void pack_class_side(const CrossBackward& job, Sweep& s, int64_t batch, int64_t head, const float* lse, float* rows,
-                     float* outs) {
+void pack_class_side(const CrossBackward& job, Sweep& s, int64_t batch, int64_t head,
+                     const SoftmaxStatistics* statistics, float* rows, float* outs) {
   const int64_t count = s.columns.count, d = s.d, e = s.e;
   gather(at<const T>(job.k, batch, head), job.k, s.columns, d, 1.0f, rows);
   pack_transposed(rows, count, d, s.k_transposed);
@@ -159,14 +157,12 @@ void pack_class_side(const CrossBackward& job, Sweep& s, int64_t batch, int64_t 
     for (int64_t c = 0; c < e * kPanel; ++c) s.v_transposed[c] = 0.0f;
   gather(at<const T>(job.grad_out_k, batch, head), job.grad_out_k, s.columns, e, 1.0f, rows);
   gather(at<const T>(job.out_k, batch, head), job.out_k, s.columns, e, 1.0f, outs);
-  for (int64_t j = 0; j < s.vectors * kLanes; ++j) s.column_mean[j] = s.column_shift[j] = s.column_inverse[j] = 0.0f;
-  const bool exact = job.column_exact != nullptr && !plain_columns(s.columns, lse);
-  const float* peak = exact ? job.column_exact + (batch * job.shape.heads + head) * 2 * job.shape.m : nullptr;
+  for (int64_t j = 0; j < s.vectors * kLanes; ++j) s.column_mean[j] = s.column_peak[j] = s.column_log[j] = 0.0f;
   for (int64_t j = 0; j < count; ++j) {
-    const float whole = lse[s.columns.index[j]];
-    const float b = s.plain ? exp_exact(-whole) : 1.0f;
-    s.column_shift[j] = softmax_shift(exact ? peak[j] : whole);
-    s.column_inverse[j] = exact ? softmax_inverse(peak[job.shape.m + j]) : 1.0f;
+    const SoftmaxStatistics& own = statistics[s.columns.index[j]];
+    s.column_peak[j] = own.peak;
+    s.column_log[j] = softmax_log(own.log_sum);
+    const float b = s.plain ? exp_exact(-log_sum_exp(own)) : 1.0f;
     float mean = 0.0f;
     for (int64_t c = 0; c < e; ++c) {
       rows[j * e + c] *= b;

@@ -143,13 +143,14 @@ void wide_tile(Sweep& s, int count) {
   }
 }
 
-void finish_rows(Sweep& s, const TileTokens& tokens, float* lse) {
+void finish_rows(Sweep& s, const TileTokens& tokens, SoftmaxStatistics* statistics) {
   for (int i = 0; i < tokens.count; i += kLanes) {
     float line[kLanes];
     const VecF sum = load_dense(s.row_sum + i);
-    store_dense(log_positive(sum) + load_dense(s.row_shift + i), line);
+    store_dense(log_positive(sum), line);
     store_dense(sum == 0 ? VecF{} : 1 / sum, s.row_inverse + i);
-    for (int k = 0; k < kLanes && i + k < tokens.count; ++k) lse[tokens.first + tokens.index[i + k]] = line[k];
+    for (int k = 0; k < kLanes && i + k < tokens.count; ++k)
+      statistics[tokens.first + tokens.index[i + k]] = {s.row_shift[i + k], line[k]};
   }
 }
 
@@ -186,7 +187,7 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
   const T* q = at<const T>(job.q, batch, head);
   const T* v_q = at<const T>(job.v_q, batch, head);
   T* out_q = at<T>(job.out_q, batch, head);
-  float* lse = job.row_lse + (batch * shape.heads + head) * shape.n;
+  SoftmaxStatistics* statistics = job.statistics + (batch * shape.heads + head) * (shape.n + shape.m);
 
   Sweep s;
   s.e = e;
@@ -234,7 +235,7 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
                            (wide ? s.wide : s.plain).values, s.width, e, s.vectors);
     product(wide ? s.other : s.scores, s.width, packed(s.v_panels, count), count, 1.0f, s.out, v_row, tokens.rows(),
             e / kLanes);
-    finish_rows(s, tokens, lse);
+    finish_rows(s, tokens, statistics);
     store_tile(s.out, v_row, tokens, s.row_inverse, e, out_q, job.out_q);
   }
   store_part(s, shape.m, job.partial + task * forward_partial(shape));
@@ -250,10 +251,10 @@ void forward_zeros(const CrossForward& job, int64_t task) {
   const bool none = columns_of(shape, batch).count == 0;
   if (!none && shape.q_mask.data == nullptr) return;
   T* out = at<T>(job.out_q, batch, head);
-  float* lse = job.row_lse + (batch * shape.heads + head) * shape.n;
+  SoftmaxStatistics* statistics = job.statistics + (batch * shape.heads + head) * (shape.n + shape.m);
   for (int64_t i = first; i < end; ++i) {
     if (!none && shape.q_mask.data[batch * shape.q_mask.batch + i * shape.q_mask.token]) continue;
-    lse[i] = kNothing;
+    statistics[i] = {0.0f, kNothing};
     for (int64_t c = 0; c < shape.e; ++c) narrow(0.0f, out + i * job.out_q.token + c * job.out_q.channel);
   }
 }
@@ -267,15 +268,15 @@ void forward_tasks(const CrossForward& job, int64_t begin, int64_t end, float* s
   }
 }
 
-// out_k and its log-sum-exps of one head from the parts of its splits, in their order.
+// out_k and the columns' statistics of one head from the parts of its splits, in their order.
 template <typename T>
 void combine_head(const CrossForward& job, int64_t index) {
   const CrossShape& shape = job.shape;
   const int64_t batch = index / shape.heads, head = index % shape.heads, m = shape.m, part = forward_partial(shape);
   T* out = at<T>(job.out_k, batch, head);
-  float* lse = job.column_lse + index * m;
+  SoftmaxStatistics* statistics = job.statistics + index * (shape.n + m) + shape.n;
   for (int64_t j = 0; j < m; ++j) {
-    lse[j] = kNothing;
+    statistics[j] = {0.0f, kNothing};
     for (int64_t c = 0; c < shape.e; ++c) narrow(0.0f, out + j * job.out_k.token + c * job.out_k.channel);
   }
   const Columns columns = columns_of(shape, batch);
@@ -300,7 +301,7 @@ void combine_head(const CrossForward& job, int64_t index) {
   }
   for (int64_t j = 0; j < columns.count; ++j) {
     const float inverse = softmax_inverse(sum[j]);
-    lse[columns.index[j]] = log_positive(sum[j]) + softmax_shift(total[j]);
+    statistics[columns.index[j]] = {softmax_shift(total[j]), log_positive(sum[j])};
     T* to = out + columns.index[j] * job.out_k.token;
     for (int64_t c = 0; c < shape.e; ++c) narrow(parts[(2 + c) * m + j] * inverse, to + c * job.out_k.channel);
   }

@@ -271,13 +271,6 @@ BTI_FAST_INLINE Columns columns_of(const CrossShape& s, int64_t batch) {
   return out;
 }
 
-// True where every column of these has an ordinary log-sum-exp.
-BTI_FAST_INLINE bool plain_columns(const Columns& columns, const float* lse) {
-  bool plain = true;
-  for (int64_t j = 0; j < columns.count; ++j) plain &= plain_lse(lse[columns.index[j]], kPlainColumn);
-  return plain;
-}
-
 // Class-side tokens that take part, as rows [columns.count, channels] times factor.
 template <typename T>
 void gather(const T* from, const TokenView& view, const Columns& columns, int64_t channels, float factor, float* out) {

@@ -29,12 +29,12 @@ std::vector<Tensor> task_interaction_backward(const Tensor& grad_x, const Tensor
                                               const Tensor& summary, const std::vector<Tensor>& weights, double tau,
                                               bool training);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k, const Tensor& v_q,
-                                                           const Tensor& v_k, const std::optional<Tensor>& q_mask,
-                                                           const std::optional<Tensor>& k_mask, double scale);
+std::tuple<Tensor, Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k, const Tensor& v_q,
+                                                   const Tensor& v_k, const std::optional<Tensor>& q_mask,
+                                                   const std::optional<Tensor>& k_mask, double scale);
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
     const Tensor& grad_out_q, const Tensor& grad_out_k, const Tensor& q, const Tensor& k, const Tensor& v_q,
-    const Tensor& v_k, const Tensor& out_q, const Tensor& out_k, const Tensor& row_lse, const Tensor& column_lse,
+    const Tensor& v_k, const Tensor& out_q, const Tensor& out_k, const Tensor& statistics,
     const std::optional<Tensor>& q_mask, const std::optional<Tensor>& k_mask, double scale);
 
 }  // namespace bti_fast

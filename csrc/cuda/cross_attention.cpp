@@ -58,15 +58,14 @@ void launch(Job& job, Dtype dtype, const Tensor& like, cudaStream_t stream) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v_q,
-                                                                const Tensor& v_k, const std::optional<Tensor>& q_mask,
-                                                                const std::optional<Tensor>& k_mask, double scale) {
-  using torch::stable::new_empty;
+std::tuple<Tensor, Tensor, Tensor> cross_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v_q,
+                                                        const Tensor& v_k, const std::optional<Tensor>& q_mask,
+                                                        const std::optional<Tensor>& k_mask, double scale) {
   const Dtype dtype = check_cross_attention(q, k, v_q, v_k);
   const LaunchScope scope(q);
   const Tensor out_q = torch::stable::empty_like(v_q), out_k = torch::stable::empty_like(v_k);
-  const Tensor row_lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, kFloat);
-  const Tensor column_lse = new_empty(q, {k.size(0), k.size(1), k.size(2)}, kFloat);
+  const Tensor statistics =
+      torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2) + k.size(2), 2}, kFloat);
   CrossForward job{};
   job.shape = shape_of(q, k, v_k, q_mask, k_mask, scale);
   job.q = operand_of(q);
@@ -75,19 +74,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_cuda(const Tensor& q,
   job.v_k = operand_of(v_k);
   job.out_q = operand_of(out_q);
   job.out_k = operand_of(out_k);
-  job.row_lse = static_cast<float*>(row_lse.mutable_data_ptr());
-  job.column_lse = static_cast<float*>(column_lse.mutable_data_ptr());
+  job.statistics = static_cast<SoftmaxStatistics*>(statistics.mutable_data_ptr());
   launch(job, dtype, q, scope.stream());
-  return {out_q, out_k, row_lse, column_lse};
+  return {out_q, out_k, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward_cuda(
     const Tensor& grad_out_q, const Tensor& grad_out_k, const Tensor& q, const Tensor& k, const Tensor& v_q,
-    const Tensor& v_k, const Tensor& out_q, const Tensor& out_k, const Tensor& row_lse, const Tensor& column_lse,
+    const Tensor& v_k, const Tensor& out_q, const Tensor& out_k, const Tensor& statistics,
     const std::optional<Tensor>& q_mask, const std::optional<Tensor>& k_mask, double scale) {
   using torch::stable::empty_like;
   const Dtype dtype = check_cross_attention(q, k, v_q, v_k);
-  check_cross_attention_backward(grad_out_q, grad_out_k, out_q, out_k, row_lse, column_lse, v_q, v_k);
+  check_cross_attention_backward(grad_out_q, grad_out_k, out_q, out_k, statistics, v_q, v_k);
   const LaunchScope scope(q);
   const Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v_q = empty_like(v_q), grad_v_k = empty_like(v_k);
   CrossBackward job{};
@@ -100,8 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward_cuda(
   job.v_k = operand_of(v_k);
   job.out_q = operand_of(out_q);
   job.out_k = operand_of(out_k);
-  job.row_lse = static_cast<const float*>(row_lse.const_data_ptr());
-  job.column_lse = static_cast<const float*>(column_lse.const_data_ptr());
+  job.statistics = static_cast<const SoftmaxStatistics*>(statistics.const_data_ptr());
   job.grad_q = operand_of(grad_q);
   job.grad_k = operand_of(grad_k);
   job.grad_v_q = operand_of(grad_v_q);

@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "common/host_device.h"
+#include "common/online_softmax.h"
 #include "common/token_view.h"
 
 namespace bti_fast {
@@ -29,21 +30,19 @@ struct CrossShape {
 struct CrossForward {
   CrossShape shape;
   Operand q, k, v_q, v_k, out_q, out_k;
-  float* row_lse;     // (B, h, N)
-  float* column_lse;  // (B, h, M)
-  float* partial;     // (B, h, parts, forward_partial)
-  float* kept;        // what tokens gather while their sweeps over blocks of class tokens go on
-  int parts;          // splits * warps that share a class token
+  SoftmaxStatistics* statistics;  // (B, h, N + M), of the rows, then of the columns
+  float* partial;                 // (B, h, parts, forward_partial)
+  float* kept;                    // what tokens gather while their sweeps over blocks of class tokens go on
+  int parts;                      // splits * warps that share a class token
 };
 
 struct CrossBackward {
   CrossShape shape;
   Operand grad_out_q, grad_out_k, q, k, v_q, v_k, out_q, out_k;
-  const float* row_lse;
-  const float* column_lse;
+  const SoftmaxStatistics* statistics;
   Operand grad_q, grad_k, grad_v_q, grad_v_k;
-  float* partial;     // (B, h, splits, backward_partial)
-  float* kept;        // as in CrossForward
+  float* partial;  // (B, h, splits, backward_partial)
+  float* kept;     // as in CrossForward
   float column_gain, column_gain_inverse;  // weights of a column, about 1 / N, times this keep their digits in float16
 };
 

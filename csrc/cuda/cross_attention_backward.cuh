@@ -1,13 +1,12 @@
-// Backward sweep of cross_attention over one split of the dense tokens, from the saved log-sum-exps. With
-// P = e^(s - lse) of either direction and mean = sum over channels of dO * O:
+// Backward sweep of cross_attention over one split of the dense tokens, from the saved statistics. With
+// P = e^(s - peak - log_sum) of either direction and mean = sum over channels of dO * O:
 //   dS = P_row (dO_q v_k' - mean_row) + P_col (v_q dO_k' - mean_col)
 //   dv_q = P_col dO_k    dq = scale dS k    dv_k += P_row' dO_q    dk += scale dS' q
 // A warp takes 16 tokens for the first line and its two products, then hands P_row and dS over through shared memory for
 // the two sums over tokens, which the warps hold in registers, each its share of class tokens and channels.
 #pragma once
 
-#include "common/online_softmax.h"
-#include "cuda/tiles.cuh"
+#include "cuda/cross_attention_means.cuh"
 
 namespace bti_fast {
 
@@ -27,41 +26,11 @@ struct BackwardShape {
   static constexpr int channel_warps = warps / row_warps;
   static constexpr int rows = class_tokens / 16 / row_warps;
   static constexpr int channels = (D / 16 + channel_warps - 1) / channel_warps;
-  // Bytes of shared memory: k, v_k and dO_k; the tiles of q, v_q and dO_q; P_row and dS; numbers of every token.
+  // Bytes of shared memory: k, v_k and dO_k; the tiles of q, v_q and dO_q; P_row and dS; terms of every token.
   static constexpr int shared = 3 * class_tokens * class_pitch * static_cast<int>(sizeof(T)) +
                                 3 * stages * Dense::bytes + 2 * tokens * weight_pitch * static_cast<int>(sizeof(T)) +
-                                (3 * class_tokens + stages * tokens) * 4;
+                                (class_tokens + tokens) * static_cast<int>(sizeof(SoftmaxTerms));
 };
-
-// Sum over channels of dO_q * out_q for the warp's tokens: those of rows g and g + 8 of an accumulator. Lanes 2 i and
-// 2 i + 1 take half of the channels of token i.
-template <int D, typename T, bool RowMajor>
-BTI_FAST_DEVICE void row_means(const Matrix<T, RowMajor>& grad, int own, const Head<const T>& out, int first,
-                               int count, float (&mean)[2]) {
-  const int lane = thread_index() & 31, token = lane >> 1, begin = (lane & 1) * (D / 2);
-  constexpr int width = 16 / static_cast<int>(sizeof(T));
-  float sum = 0.0f;
-  if (token < count) {
-    const T* const from = out.data + int64_t{first + token} * out.token;
-    if (RowMajor && out.vector == 16 && D / 2 >= width) {
-#pragma unroll
-      for (int c = 0; c < D / 2; c += width) {
-        if (begin + c < out.channels) {
-          const Pack<T, width> pack = *reinterpret_cast<const Pack<T, width>*>(from + begin + c);
-#pragma unroll
-          for (int i = 0; i < width; ++i) sum += widen(pack.at[i]) * widen(*grad.at(own + token, begin + c + i));
-        }
-      }
-    } else {
-#pragma unroll 8
-      for (int c = begin; c < begin + D / 2; ++c)
-        if (c < out.channels) sum += widen(from[c * out.channel]) * widen(*grad.at(own + token, c));
-    }
-  }
-  sum += shuffle_xor(sum, 1);
-  mean[0] = shuffle_from(sum, 2 * (lane >> 2));
-  mean[1] = shuffle_from(sum, 2 * (lane >> 2) + 16);
-}
 
 template <typename Shape>
 BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* shared) {
@@ -77,7 +46,9 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
   const TokenMask q_mask = mask_of(s.q_mask, batch), k_mask = mask_of(s.k_mask, batch);
   // Addresses are computed where they are used: sums over channels fill the registers.
   const auto of = [batch, head](const Operand& view) { return head_of<const T>(view, batch, head); };
-  const float* const row_lse = job.row_lse + int64_t{group} * s.n;
+  const auto statistics = [&](int at, bool there) {
+    return there ? job.statistics[int64_t{group} * (s.n + s.m) + at] : SoftmaxStatistics{0.0f, kNothing};
+  };
 
   T* next = reinterpret_cast<T*>(shared);
   const auto take = [&next](int elements) {
@@ -92,10 +63,8 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
   T* const grad_tiles = take(stages * Dense::elements);
   const Matrix<T, true> weights{take(tokens * Shape::weight_pitch), Shape::weight_pitch};    // P_row
   const Matrix<T, true> gradients{take(tokens * Shape::weight_pitch), Shape::weight_pitch};  // dS
-  float* const class_on = reinterpret_cast<float*>(next);
-  float* const class_shift = class_on + Shape::class_tokens;
-  float* const class_mean = class_shift + Shape::class_tokens;
-  float* const token_on = class_mean + Shape::class_tokens;
+  SoftmaxTerms* const class_terms = reinterpret_cast<SoftmaxTerms*>(next);
+  SoftmaxTerms* const token_terms = class_terms + Shape::class_tokens;
 
   const auto fetch = [&](int first, int stage) {
     const int count = end - first < tokens ? end - first : tokens;
@@ -103,8 +72,6 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
     load_tile<D>(Dense::matrix(q_tiles + at), of(job.q), tokens, first, count, q_mask, thread, threads);
     load_tile<D>(Dense::matrix(v_tiles + at), of(job.v_q), tokens, first, count, q_mask, thread, threads);
     load_tile<D>(Dense::matrix(grad_tiles + at), of(job.grad_out_q), tokens, first, count, q_mask, thread, threads);
-    for (int i = thread; i < tokens; i += threads)
-      token_on[stage * tokens + i] = i < count && q_mask(first + i) ? 1.0f : 0.0f;
   };
 
   // A softmax over one class token is constant: its gradient is exactly zero, and what rounding leaves of it must not
@@ -124,22 +91,11 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
                  threads);
     load_tile<D>(grad_k, of(job.grad_out_k), Shape::class_tokens, block, count, k_mask,
                  thread, threads);
-    for (int i = thread; i < Shape::class_tokens; i += threads) {
-      class_on[i] = i < count && k_mask(block + i) ? 1.0f : 0.0f;
-      class_shift[i] = i < count ? softmax_shift(job.column_lse[int64_t{group} * s.m + block + i]) : 0.0f;
-    }
+    for (int i = thread; i < Shape::class_tokens; i += threads)
+      class_terms[i].set(statistics(s.n + block + i, i < count));
     copy_wait();
     sync_block();
-    const auto out_k = of(job.out_k);
-    for (int j = warp; j < Shape::class_tokens; j += Shape::warps) {
-      float sum = 0.0f;
-#pragma unroll 1
-      for (int c = lane; c < s.e && class_on[j] != 0.0f; c += 32)
-        sum += widen(*grad_k.at(j, c)) * widen(out_k.data[(block + j) * out_k.token + c * out_k.channel]);
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) sum += shuffle_xor(sum, step);
-      if (lane == 0) class_mean[j] = sum;
-    }
+    column_means<D, Shape::class_tokens, Shape::warps>(grad_k, of(job.out_k), block, count, class_terms);
 
     float sum_k[Shape::rows][2 * Shape::channels][4] = {}, sum_v[Shape::rows][2 * Shape::channels][4] = {};
     if (begin < end) fetch(begin, 0);
@@ -155,15 +111,18 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
       const int own = 16 * warp;
       const int here = end - first - own < 16 ? end - first - own : 16;
       if (here > 0) {
-        float mean[2], shift[2];
-        bool on[2];
+        float mean[2];
         row_means<D>(grad_tile, own, of(job.out_q), first + own, here, mean);
+        if ((lane & 3) == 0) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int row = accumulator_row(2 * r);
-          on[r] = token_on[stage * tokens + own + row] != 0.0f;
-          shift[r] = row < here ? softmax_shift(row_lse[first + own + row]) : 0.0f;
+          for (int r = 0; r < 2; ++r) {
+            const int row = accumulator_row(2 * r);
+            SoftmaxTerms& terms = token_terms[own + row];
+            terms.set(statistics(first + own + row, row < here));
+            terms.mean = mean[r];
+          }
         }
+        sync_warp();
         float sum_q[D / 8][4] = {}, sum_vq[D / 8][4] = {};
         float* const kept = job.kept + kept_offset(s, group, first + own, Shape::kept);
         if (block > 0) {
@@ -174,7 +133,7 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
         for (int j = 0; j < count; j += 16) {
           Score<T> score[2];
           float row_grad[2][4] = {}, column_grad[2][4] = {};
-#pragma unroll(Shape::blocks == 1 ? 1 : 2)
+#pragma unroll(Shape::blocks == 2 ? 2 : 1)
           for (int c = 0; c < D; c += 16) {
             FragmentB<T> b[2];
             FragmentA<T> a = load_a(q_tile, own, c);
@@ -191,18 +150,19 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
             multiply(column_grad[1], a, b[1]);
           }
           float row_weight[2][4], column_weight[2][4];
+          const SoftmaxTerms rows[2] = {token_terms[own + accumulator_row(0)], token_terms[own + accumulator_row(2)]};
 #pragma unroll
           for (int p = 0; p < 2; ++p) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const int column = j + 8 * p + accumulator_column(i), r = i >> 1;
-              const float x = on[r] && class_on[column] != 0.0f ? score[p].value(i) * s.scale : kNothing;
-              row_weight[p][i] = exp2_fast((x - shift[r]) * kLog2E);
-              column_weight[p][i] = exp2_fast((x - class_shift[column]) * kLog2E);
+              const SoftmaxTerms &row = rows[i >> 1], column = class_terms[j + 8 * p + accumulator_column(i)];
+              const float x = row.takes_part() && column.takes_part() ? score[p].value(i) * s.scale : kNothing;
+              row_weight[p][i] = row.weight(x);
+              column_weight[p][i] = column.weight(x);
               row_grad[p][i] =
                   gradient_gain *
-                  (row_part * softmax_gradient(row_weight[p][i], row_grad[p][i], mean[r]) +
-                   softmax_gradient(column_weight[p][i], column_grad[p][i], class_mean[column]));
+                  (row_part * softmax_gradient(row_weight[p][i], row_grad[p][i], row.mean) +
+                   softmax_gradient(column_weight[p][i], column_grad[p][i], column.mean));
               column_weight[p][i] *= job.column_gain;
             }
           }

@@ -43,6 +43,8 @@ struct Attended {
   float peak[2] = {kNothing, kNothing}, sum[2] = {}, values[D / 8][4] = {};
 };
 
+BTI_FAST_DEVICE SoftmaxStatistics finished(float peak, float sum) { return {softmax_shift(peak), logf(sum)}; }
+
 // 16 rows of a tile as left operands: held in registers, or read anew for every use where they would fill them.
 template <int D, typename T, bool RowMajor>
 struct Rows {
@@ -138,7 +140,7 @@ BTI_FAST_DEVICE void forward_sweep(const CrossForward& job, unsigned char* share
   const TokenMask q_mask = mask_of(s.q_mask, batch), k_mask = mask_of(s.k_mask, batch);
   const auto q = head_of<const T>(job.q, batch, head), v_q = head_of<const T>(job.v_q, batch, head);
   const auto out_q = head_of<T>(job.out_q, batch, head);
-  float* const row_lse = job.row_lse + int64_t{group} * s.n;
+  SoftmaxStatistics* const statistics = job.statistics + int64_t{group} * (s.n + s.m);
 
   const int most = Shape::padded(s.m);
   const Matrix<T, true> k{reinterpret_cast<T*>(shared), Shape::class_pitch};
@@ -219,7 +221,7 @@ BTI_FAST_DEVICE void forward_sweep(const CrossForward& job, unsigned char* share
             const float sum = quad_sum(rows.sum[r]);
             inverse[r] = on ? softmax_inverse(sum) : 0.0f;
             if ((lane & 3) == 0 && row < here)
-              row_lse[first + own + row] = on ? softmax_shift(rows.peak[r]) + logf(sum) : kNothing;
+              statistics[first + own + row] = on ? finished(rows.peak[r], sum) : finished(kNothing, 0.0f);
           }
           put_rows(v_tile, own, rows.values, inverse);
           sync_warp();
@@ -258,7 +260,7 @@ BTI_FAST_DEVICE void forward_sweep(const CrossForward& job, unsigned char* share
   } while (block < s.m);
 }
 
-// out_k and the log-sum-exps of the columns out of their parts, in order. One thread for each (head, class token,
+// out_k and the statistics of the columns out of their parts, in order. One thread for each (head, class token,
 // channel), of `index` out of groups * m * e.
 template <typename T>
 BTI_FAST_DEVICE void forward_combine(const CrossForward& job, int64_t index) {
@@ -277,7 +279,8 @@ BTI_FAST_DEVICE void forward_combine(const CrossForward& job, int64_t index) {
   const bool on = mask_of(s.k_mask, batch)(j);
   const auto out = head_of<T>(job.out_k, batch, group % s.heads);
   narrow(on ? value * softmax_inverse(sum) : 0.0f, out.data[j * out.token + channel * out.channel]);
-  if (channel == 0) job.column_lse[group * s.m + j] = on ? softmax_shift(total) + logf(sum) : kNothing;
+  if (channel == 0)
+    job.statistics[group * (s.n + s.m) + s.n + j] = on ? finished(total, sum) : finished(kNothing, 0.0f);
 }
 
 }  // namespace bti_fast

@@ -9,10 +9,10 @@ STABLE_TORCH_LIBRARY(bti_fast_cuda, m) {
   m.def("entropy_uncertainty_backward(Tensor grad_u, Tensor logits) -> Tensor");
   m.def(
       "cross_attention(Tensor q, Tensor k, Tensor v_q, Tensor v_k, Tensor? q_mask, Tensor? k_mask, float scale)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cross_attention_backward(Tensor grad_out_q, Tensor grad_out_k, Tensor q, Tensor k, Tensor v_q, Tensor v_k,"
-      " Tensor out_q, Tensor out_k, Tensor row_lse, Tensor column_lse, Tensor? q_mask, Tensor? k_mask, float scale)"
+      " Tensor out_q, Tensor out_k, Tensor statistics, Tensor? q_mask, Tensor? k_mask, float scale)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

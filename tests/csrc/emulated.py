@@ -53,7 +53,7 @@ class Forward(ctypes.Structure):
     _fields_ = [
         ("shape", Shape),
         *((name, Operand) for name in ("q", "k", "v_q", "v_k", "out_q", "out_k")),
-        *((name, c_void_p) for name in ("row_lse", "column_lse", "partial", "kept")),
+        *((name, c_void_p) for name in ("statistics", "partial", "kept")),
         ("parts", c_int),
     ]
 
@@ -62,7 +62,7 @@ class Backward(ctypes.Structure):
     _fields_ = [
         ("shape", Shape),
         *((name, Operand) for name in ("grad_out_q", "grad_out_k", "q", "k", "v_q", "v_k", "out_q", "out_k")),
-        *((name, c_void_p) for name in ("row_lse", "column_lse")),
+        ("statistics", c_void_p),
         *((name, Operand) for name in ("grad_q", "grad_k", "grad_v_q", "grad_v_k")),
         ("partial", c_void_p),
         ("kept", c_void_p),
@@ -148,18 +148,19 @@ def forward(
     q, k, v_q, v_k, q_mask=None, k_mask=None, scale=1.0,
     *, splits=2, limit=A100, late=True, descending=False,
 ):  # fmt: skip
-    """As bti_fast_cuda::cross_attention: out_q, out_k, row_lse, column_lse."""
-    made = [Guarded(value) for value in (v_q, v_k, torch.empty(q.shape[:3]), torch.empty(k.shape[:3]))]
-    out_q, out_k, row_lse, column_lse = (one.tensor for one in made)
+    """As bti_fast_cuda::cross_attention: out_q, out_k, statistics."""
+    empty = torch.empty(*q.shape[:2], q.shape[2] + k.shape[2], 2)
+    made = [Guarded(value) for value in (v_q, v_k, empty)]
+    out_q, out_k, statistics = (one.tensor for one in made)
     shape = _shape(q, k, v_k, q_mask, k_mask, scale, splits)
     views = map(_operand, (q, k, v_q, v_k, out_q, out_k))
-    job = Forward(shape, *views, row_lse.data_ptr(), column_lse.data_ptr(), None, None, 0)
+    job = Forward(shape, *views, statistics.data_ptr(), None, None, 0)
     _run("cross_forward", q.dtype, job, limit, late, descending)
     return tuple(one.checked() for one in made)
 
 
 def backward(
-    grad_out_q, grad_out_k, q, k, v_q, v_k, out_q, out_k, row_lse, column_lse,
+    grad_out_q, grad_out_k, q, k, v_q, v_k, out_q, out_k, statistics,
     q_mask=None, k_mask=None, scale=1.0, *, splits=2, limit=A100, late=True, descending=False,
 ):  # fmt: skip
     """As bti_fast_cuda::cross_attention_backward: gradients of q, k, v_q, v_k."""
@@ -167,8 +168,8 @@ def backward(
     grads = [one.tensor for one in made]
     shape = _shape(q, k, v_k, q_mask, k_mask, scale, splits)
     job = Backward(
-        shape, *map(_operand, (grad_out_q, grad_out_k, q, k, v_q, v_k, out_q, out_k)), row_lse.data_ptr(),
-        column_lse.data_ptr(), *map(_operand, grads), None, None, 0.0, 0.0,
+        shape, *map(_operand, (grad_out_q, grad_out_k, q, k, v_q, v_k, out_q, out_k)), statistics.data_ptr(),
+        *map(_operand, grads), None, None, 0.0, 0.0,
     )  # fmt: skip
     _run("cross_backward", q.dtype, job, limit, late, descending)
     return tuple(one.checked() for one in made)
