@@ -19,7 +19,7 @@ def cross_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out_q (B, h, N, e), out_k (B, h, M, e), and the statistics of both softmaxes (B, h, N + M, 2).
 
-    Statistics, of the N rows, then of the M columns: a peak, and the logarithm of the sum of e^(score - peak).
+    Statistics, of the N rows, then of the M columns: a peak, and the log of the sum of e^(score - peak).
     A masked token leaves both softmaxes, and what it holds (NaN included) reaches no other token; a row with
     nothing to attend to gives zeros, zero gradients, and statistics of 0 and -inf. SPEC 1.4.
     """
