@@ -131,6 +131,11 @@ def cross_attention(
             is not a number.
         ValueError: a shape or a device does not fit.
 
+    Accuracy, against float64 and relative to the largest value: float32 1e-5 (gradients 1e-4), with logits up
+    to 1e4 that float32 holds exactly; 16-bit dtypes at most twice (gradients three times) the error of
+    ``(q @ k.mT * scale).softmax(-1) @ v`` and its autograd in that dtype. The CPU backend computes in float32
+    and rounds the results alone; the CUDA backend, for its tensor cores, weights and gradients of scores too.
+
     Source: SPEC 1.4; the maths of shared-query/key bidirectional attention (LightGlue, GLIP, Grounding DINO).
     """
     name = "cross_attention"

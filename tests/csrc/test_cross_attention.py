@@ -75,7 +75,13 @@ def error(got, truth, among=()) -> float:
 
 
 def assert_within_the_error_budget(inputs, *arguments, **how):
-    """SPEC 2: at most 2x (gradients 3x) what eager maths lose in the same dtype; fp32 1e-5 and 1e-4."""
+    """SPEC 2: at most 2x (gradients 3x) what eager maths lose in the same dtype; fp32 1e-5 and 1e-4.
+
+    Eager maths is by_eager_maths, each step of which rounds to the dtype. The kernels round weights and
+    gradients of scores, for the tensor cores; the reference, float32 inside, rounds its results alone. Seen
+    in 16 bits: at most 1.2x by_eager_maths; of the reference 1.7x (gradients 2.7x), but 3.8x for dk where a
+    scale of twelve times d ** -0.5 lets a token attend to few others.
+    """
     dtype, grads = inputs[0].dtype, cotangents(inputs)
     truth, true_grads = by_reference([value.double() for value in inputs], grads, *arguments)
     eager, eager_grads = by_eager_maths(inputs, grads, *arguments)
@@ -143,9 +149,10 @@ def test_no_tokens():
     assert grads[0].abs().max() == 0 and grads[2].abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", (FP32, FP16), ids=str)
 @pytest.mark.parametrize("scale", (0.0, 1.0, 3.0))
-def test_scales(scale):
-    assert_within_the_error_budget(tokens((1, 1, 90, 32, 21, 32)), None, None, scale)
+def test_scales(scale, dtype):
+    assert_within_the_error_budget(tokens((1, 1, 90, 32, 21, 32), dtype), None, None, scale)
 
 
 @pytest.mark.parametrize("channel_major", (False, True), ids=("tokens", "maps"))
