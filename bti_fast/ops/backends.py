@@ -33,13 +33,16 @@ def compiled_backend(name: str, operator: str, limits: Callable[..., str | None]
 
     namespace = f"bti_fast_{name}"
 
-    def forward(*args):
-        return getattr(getattr(torch.ops, namespace), operator)(*args)
+    @cache
+    def kernel(called: str) -> Callable:
+        return getattr(getattr(torch.ops, namespace), called).default
 
-    def backward(*args):
-        return getattr(getattr(torch.ops, namespace), f"{operator}_backward")(*args)
-
-    return Backend(name, predicate, forward, backward)
+    return Backend(
+        name,
+        predicate,
+        lambda *args: kernel(operator)(*args),
+        lambda *args: kernel(f"{operator}_backward")(*args),
+    )
 
 
 def triton_backend(

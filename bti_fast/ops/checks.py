@@ -22,7 +22,7 @@ def check_tensor(operator: str, name: str, value: object) -> None:
 
 def check_shape(operator: str, name: str, value: Tensor, shape: tuple, meaning: str) -> None:
     """Raises ValueError unless ``value`` has exactly ``shape``; ``meaning`` spells it, as in "(B, C)"."""
-    if value.dim() != len(shape) or any(have != need for have, need in zip(value.shape, shape, strict=True)):
+    if value.shape != shape:
         raise ValueError(
             f"{operator}: {name} must have shape {meaning} = {tuple(shape)}, got {tuple(value.shape)}"
         )

@@ -93,7 +93,7 @@ OPERATOR = Operator(
     fake_backward=_fake_backward,
     saves=lambda inputs, outputs: (*inputs[:4], *outputs, *inputs[4:]),
     primals=lambda args: (*args[2:6], *args[9:]),
-    gradients=lambda primals, result: (*result, None, None, None),
+    gradients=lambda result: (*result, None, None, None),
     differentiable=2,
 )
 OPERATOR.add(reference_backend(*_in_layout(reference, reference_backward)))
@@ -145,8 +145,7 @@ def cross_attention(
         check_rank(name, argument, value, 4, 4, "(B, heads, tokens, dim)")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v_q, v_k = (_autocast(value) for value in (q, k, v_q, v_k))
-        tensors = {"q": q, "k": k, "v_q": v_q, "v_k": v_k}
-    for argument, value in tensors.items():
+    for argument, value in (("k", k), ("v_q", v_q), ("v_k", v_k)):
         check_device(name, argument, value, "q", q)
         if value.dtype != q.dtype:
             raise TypeError(f"{name}: {argument} must have q's dtype {q.dtype}, got {value.dtype}")
@@ -166,7 +165,7 @@ def cross_attention(
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
         raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
     factor = d**-0.5 if scale is None else float(scale)
-    return CrossAttention(*OPERATOR.op(q, k, v_q, v_k, q_mask, k_mask, factor)[:2])
+    return CrossAttention(*OPERATOR(q, k, v_q, v_k, q_mask, k_mask, factor)[:2])
 
 
 def _autocast(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bti_fast.errors import BackendUnavailable
+from bti_fast.ops.straight import Straight, flatten, is_ordinary, restore
 
 BACKENDS = ("reference", "cpu", "triton", "cuda", "sdpa")
 
@@ -53,7 +54,7 @@ class Operator:
     fake_backward: Callable
     saves: Callable[[tuple, tuple], tuple]
     primals: Callable[[tuple], tuple]
-    gradients: Callable[[tuple, object], tuple]
+    gradients: Callable[[object], tuple]
     differentiable: int
     order: Sequence[str] = ("cpu", "triton", "cuda", "sdpa", "reference")
     backends: dict[str, Backend] = field(default_factory=dict)
@@ -67,6 +68,19 @@ class Operator:
         )
         self.op = getattr(torch.ops.bti_fast, self.name).default
         self.backward_op = getattr(torch.ops.bti_fast, f"{self.name}_backward").default
+
+    def __call__(self, *args):
+        """The outputs of ``op``, without the dispatcher where nothing in it waits for this call.
+
+        On the way through it two Python kernels are called, and one for each gradient: longer work than a
+        small operator itself.
+        """
+        tensors, layout = flatten(args)
+        if not is_ordinary(tensors):
+            return self.op(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+            return Straight.apply(self, args, layout, *tensors)
+        return self._forward(*args)
 
     def add(self, backend: Backend) -> None:
         """Makes ``backend`` available to this operator."""
@@ -112,35 +126,14 @@ class Operator:
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*outputs[self.differentiable :])
         ctx.backend = _forced.get()
-        saved = self.saves(inputs, outputs)
-        tensors: list[Tensor] = []
-        ctx.layout = [_pack(value, tensors) for value in saved]
+        tensors, ctx.layout = flatten(self.saves(inputs, outputs))
         ctx.save_for_backward(*tensors)
 
     def _autograd(self, ctx, *grads):
-        tensors = list(ctx.saved_tensors)
-        saved = tuple(_unpack(layout, tensors) for layout in ctx.layout)
+        args = (*grads[: self.differentiable], *restore(ctx.layout, ctx.saved_tensors))
         with _force(ctx.backend):
-            result = self.backward_op(*grads[: self.differentiable], *saved)
-        return self.gradients(self.primals((*grads[: self.differentiable], *saved)), result)
-
-
-def _pack(value, tensors: list[Tensor]):
-    """Moves the tensors of a saved argument into ``tensors``; returns what _unpack needs to put them back."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return "tensor"
-    if isinstance(value, (list, tuple)):
-        tensors.extend(value)
-        return ("tensors", len(value))
-    return ("value", value)
-
-
-def _unpack(layout, tensors: list[Tensor]):
-    if layout == "tensor":
-        return tensors.pop(0)
-    kind, value = layout
-    return [tensors.pop(0) for _ in range(value)] if kind == "tensors" else value
+            result = self.backward_op(*args)
+        return self.gradients(result)
 
 
 def _define(name: str, schema: str, run: Callable, fake: Callable) -> None:

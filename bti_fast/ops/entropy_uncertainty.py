@@ -35,7 +35,7 @@ OPERATOR = Operator(
     fake_backward=_fake_backward,
     saves=lambda inputs, outputs: inputs,
     primals=lambda args: args[1:],
-    gradients=lambda primals, result: result,
+    gradients=lambda result: (result,),
     differentiable=1,
 )
 OPERATOR.add(
@@ -71,4 +71,4 @@ def entropy_uncertainty(logits: Tensor) -> Tensor:
         raise ValueError(
             f"entropy_uncertainty: logits needs at least one class (axis 1), got {tuple(logits.shape)}"
         )
-    return OPERATOR.op(logits)
+    return OPERATOR(logits)

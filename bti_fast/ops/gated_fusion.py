@@ -66,7 +66,7 @@ OPERATOR = Operator(
     # The pooled sums and the mean uncertainty are vectors, and spare a backward pass a second look at x.
     saves=lambda inputs, outputs: (*inputs[:5], outputs[1], outputs[2], inputs[5]),
     primals=lambda args: (*args[4:9], args[11]),
-    gradients=lambda primals, result: (*result, None),
+    gradients=lambda result: (*result, None),
     differentiable=4,
 )
 OPERATOR.add(reference_backend(_reference_forward, _reference_backward))
@@ -111,4 +111,4 @@ def gated_fusion(
     check_shape(name, "prior", prior, (batch, channels), "(B, C)")
     check_shape(name, "cls_uncertainty", cls_uncertainty, (batch,), "(B,)")
     check_shape(name, "coeffs", coeffs, (3,), "(3,)")
-    return GatedFusion(*OPERATOR.op(x, seg_logits, prior, cls_uncertainty, coeffs, float(tau)))
+    return GatedFusion(*OPERATOR(x, seg_logits, prior, cls_uncertainty, coeffs, float(tau)))

@@ -75,7 +75,7 @@ OPERATOR = Operator(
     fake_backward=_fake_backward,
     saves=_saves,
     primals=lambda args: (args[4], args[5], *args[7:]),
-    gradients=lambda primals, result: (result[0], result[1], list(result[2:]), None, None),
+    gradients=lambda result: (result[0], result[1], list(result[2:]), None, None),
     differentiable=4,
 )
 OPERATOR.add(reference_backend(_reference_forward, _reference_backward))
@@ -123,7 +123,7 @@ def task_interaction(
         )
     # An empty batch has no statistics; it leaves the running ones alone.
     training = bool(training) and x.shape[0] > 0
-    result = OPERATOR.op(x, y, list(weights), float(tau), training)
+    result = OPERATOR(x, y, list(weights), float(tau), training)
     if training:
         with torch.no_grad():
             weights.bn_mean.lerp_(result[4].to(weights.bn_mean.dtype), momentum)

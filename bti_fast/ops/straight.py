@@ -1,0 +1,107 @@
+"""Calls of operators past PyTorch's dispatcher: when that changes nothing, and their autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+_CLASSES = (Tensor, torch.nn.Parameter)
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_tracing, _keys_of = torch._C._get_tracing_state, torch._C._dispatch_keys
+
+
+def is_ordinary(tensors: Sequence[Tensor]) -> bool:
+    """True where the dispatcher would do nothing with these tensors but find an operator's kernel.
+
+    Not so under compilation, modes (fake tensors, tracing, counting), functorch's transforms and autocast;
+    nor with subclasses of Tensor, on the meta device, or with bits still to be resolved (negated views).
+    """
+    if torch.compiler.is_compiling() or _modes() or _transforms() or _tracing() is not None:
+        return False
+    device = tensors[0].device.type
+    ordinary = _ordinary_keys(device)
+    if ordinary is None or torch.is_autocast_enabled(device):
+        return False
+    classes, keys_of = _CLASSES, _keys_of
+    for tensor in tensors:  # a generator takes twice as long
+        if type(tensor) not in classes or not keys_of(tensor) == ordinary:  # its != takes longer
+            return False
+    return True
+
+
+@cache
+def _ordinary_keys(device: str) -> torch._C.DispatchKeySet | None:
+    """The dispatch keys of an ordinary tensor, for the devices that have kernels here."""
+    if device not in ("cpu", "cuda"):
+        return None
+    with torch.inference_mode(False):
+        return _keys_of(torch.empty(0, device=device))
+
+
+def flatten(values: Sequence) -> tuple[list[Tensor], list]:
+    """The tensors of ``values``, those in lists too, and what restore needs to put them back."""
+    tensors, layout = [], []
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            layout.append(_TENSOR)
+        elif isinstance(value, (list, tuple)):
+            tensors.extend(value)
+            layout.append(len(value))
+        else:
+            layout.append((value,))
+    return tensors, layout
+
+
+_TENSOR = object()
+
+
+def restore(layout: list, tensors: Sequence[Tensor]) -> tuple:
+    left = iter(tensors)
+    values = []
+    for kind in layout:
+        if kind is _TENSOR:
+            values.append(next(left))
+        else:
+            values.append(kind[0] if type(kind) is tuple else list(islice(left, kind)))
+    return tuple(values)
+
+
+class Straight(torch.autograd.Function):
+    """The autograd of a dispatch.Operator without the dispatcher; in it, register_autograd does the same."""
+
+    @staticmethod
+    def forward(ctx, operator, args: tuple, layout: list, *tensors: Tensor):
+        ctx.operator, ctx.inputs, ctx.chosen = operator, layout, operator.choose(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = ctx.chosen.forward(*args)
+        operator._setup_context(ctx, args, outputs)
+        ctx.set_materialize_grads(False)  # the engine would also fill those of outputs that have none
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        ctx.made = [(out.shape, out.dtype, out.device) for out in outputs[: operator.differentiable]]
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        operator = ctx.operator
+        grads = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(grads, ctx.made, strict=False)
+        ]
+        if torch.is_grad_enabled() or not is_ordinary(grads):
+            result = operator._autograd(ctx, *grads)
+        else:
+            saved = restore(ctx.layout, ctx.saved_tensors)
+            with torch._C._AutoDispatchBelowAutograd():
+                result = operator.gradients(ctx.chosen.backward(*grads, *saved))
+        flat = [None, None, None]
+        for kind, grad in zip(ctx.inputs, result, strict=True):
+            if kind is _TENSOR:
+                flat.append(grad)
+            elif type(kind) is int:
+                flat.extend(grad)
+        return tuple(flat)
