@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bti_fast.errors import BackendUnavailable
-from bti_fast.ops.straight import Straight, flatten, is_ordinary, restore
+from bti_fast.ops.straight import Straight, any_requires_grad, flatten, is_ordinary, restore
 
 BACKENDS = ("reference", "cpu", "triton", "cuda", "sdpa")
 
@@ -78,7 +78,7 @@ class Operator:
         tensors, layout = flatten(args)
         if not is_ordinary(tensors):
             return self.op(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        if torch.is_grad_enabled() and any_requires_grad(*tensors):
             return Straight.apply(self, args, layout, *tensors)
         return self._forward(*args)
 

@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 
 _CLASSES = (Tensor, torch.nn.Parameter)
-_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
-_tracing, _keys_of = torch._C._get_tracing_state, torch._C._dispatch_keys
+# What PyTorch itself asks for this purpose, but promises nobody else.
+_NEEDED = (
+    "_len_torch_dispatch_stack",
+    "_are_functorch_transforms_active",
+    "_get_tracing_state",
+    "_dispatch_keys",
+    "_any_requires_grad",
+    "_AutoDispatchBelowAutograd",
+)
+_modes, _transforms, _tracing, _keys_of, any_requires_grad, _BelowAutograd = (
+    getattr(torch._C, name, None) for name in _NEEDED
+)
+_KNOWN = all(hasattr(torch._C, name) for name in _NEEDED)  # else every call goes through the dispatcher
 
 
 def is_ordinary(tensors: Sequence[Tensor]) -> bool:
@@ -20,7 +31,7 @@ def is_ordinary(tensors: Sequence[Tensor]) -> bool:
     Not so under compilation, modes (fake tensors, tracing, counting), functorch's transforms and autocast;
     nor with subclasses of Tensor, on the meta device, or with bits still to be resolved (negated views).
     """
-    if torch.compiler.is_compiling() or _modes() or _transforms() or _tracing() is not None:
+    if not _KNOWN or torch.compiler.is_compiling() or _modes() or _transforms() or _tracing() is not None:
         return False
     device = tensors[0].device.type
     ordinary = _ordinary_keys(device)
@@ -77,7 +88,7 @@ class Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operator, args: tuple, layout: list, *tensors: Tensor):
         ctx.operator, ctx.inputs, ctx.chosen = operator, layout, operator.choose(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _BelowAutograd():
             outputs = ctx.chosen.forward(*args)
         operator._setup_context(ctx, args, outputs)
         ctx.set_materialize_grads(False)  # the engine would also fill those of outputs that have none
@@ -96,7 +107,7 @@ class Straight(torch.autograd.Function):
             result = operator._autograd(ctx, *grads)
         else:
             saved = restore(ctx.layout, ctx.saved_tensors)
-            with torch._C._AutoDispatchBelowAutograd():
+            with _BelowAutograd():
                 result = operator.gradients(ctx.chosen.backward(*grads, *saved))
         flat = [None, None, None]
         for kind, grad in zip(ctx.inputs, result, strict=True):

@@ -108,3 +108,10 @@ def test_what_a_backward_pass_needs_may_not_change_before_it():
     hidden += 1.0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         u.sum().backward()
+
+
+def test_a_torch_without_these_private_functions_is_served_by_the_dispatcher(monkeypatch):
+    x = logits()
+    assert not through(monkeypatch, lambda: ops.entropy_uncertainty(x))
+    monkeypatch.setattr("bti_fast.ops.straight._KNOWN", False)
+    assert through(monkeypatch, lambda: ops.entropy_uncertainty(x))
