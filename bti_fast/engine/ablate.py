@@ -84,7 +84,9 @@ def ablate(
     }
     differences = _differences(found)
     _write(folder, config, values, differences)
-    console.print(_table(values, differences))
+    console.print(_table(values))
+    for line in _sentences(differences):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {folder / run_folder.REPORT}", markup=False, highlight=False, soft_wrap=True)
     return Ablation(folder, values, differences)
 
@@ -229,14 +231,30 @@ def _cells(
     return columns, rows
 
 
-def _table(values: Mapping[str, Any], differences: Mapping[str, Any]) -> Table:
-    columns, rows = _cells(values, differences)
-    table = Table(title="Ablation: mean ± spread over seeds; paired difference [95 % interval]")
+def _table(values: Mapping[str, Any]) -> Table:
+    columns, rows = _cells(values, {})
+    table = Table(title="Ablation: mean ± spread over seeds")
     for column in columns:
-        table.add_column(column, justify="left" if column == "Interaction" else "right")
+        first = column == columns[0]
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _sentences(differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """A line for each row and reference: paired differences with their 95 % intervals."""
+    lines = []
+    for row, by_reference in differences.items():
+        for reference, found in by_reference.items():
+            parts = [
+                "{} {:+.3f} [{:+.3f}, {:+.3f}]".format(title, found[title]["mean"], *found[title]["interval"])
+                for title in ("IoU", "Accuracy")
+                if title in found
+            ]
+            if parts:
+                lines.append(f"{row} over {reference}: {', '.join(parts)}")
+    return lines
 
 
 def _write(

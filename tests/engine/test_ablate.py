@@ -46,7 +46,7 @@ def test_stopped_and_gone_on_and_the_table_from_the_files(phantoms: Path, tmp_pa
     assert len(done) == 3 and not (out / "ablation.json").exists()
     found, said = run_ablate(phantoms, out)
     assert all(os.stat(cell).st_mtime_ns == before for cell, before in done.items())
-    assert "cell 6 of 6: interaction proxy, seed 1" in said and "IoU over fixed" in said
+    assert "cell 6 of 6: interaction proxy, seed 1" in said and "proxy over fixed: IoU " in said
 
     cells = {(row, seed): out / f"{row}-seed{seed}" for row in ROWS for seed in (0, 1)}
     configs = {key: read_config(cell) for key, cell in cells.items()}
