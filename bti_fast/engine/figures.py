@@ -108,7 +108,7 @@ def seeds_by_row(found: Mapping[str, Mapping[str, Sequence[float | None]]]) -> F
                 axes.scatter([position] * len(known), known, color=colour, alpha=0.7, s=28)
                 mean = sum(known) / len(known)
                 axes.plot([position - 0.25, position + 0.25], [mean, mean], color=colour, linewidth=2.4)
-        axes.set_xticks(range(len(rows)), list(rows), rotation=20)
+        axes.set_xticks(range(len(rows)), list(rows), rotation=20, ha="right", rotation_mode="anchor")
         axes.set(title=title)
     return figure
 
