@@ -126,8 +126,8 @@ def run_data_pack(values: Namespace) -> int:
 
     path, file = _needed(values, "path", "file")
     index = read_dataset(path, values.layout)
-    for problem in index.problems:
-        _console().print(f"warning: {problem.message}", markup=False, highlight=False, soft_wrap=True)
+    for line in index.warnings():
+        _console().print(line, markup=False, highlight=False, soft_wrap=True)
     made = pack_dataset(index, file, max_mb=values.max_mb, size=values.size)
     how = "as they were" if made.quality is None else f"as JPEG of quality {made.quality}"
     text = f"{made.cases} images, {how}, {made.bytes / 1e6:.1f} MB -> {made.path}"

@@ -52,6 +52,21 @@ class DatasetIndex:
     def __len__(self) -> int:
         return len(self.cases)
 
+    def warnings(self, of_each: int = 5) -> list[str]:
+        """Lines to begin work with: the first problems of each kind, and how many more there are."""
+        by_kind: dict[str, list[str]] = {}
+        for problem in self.problems:
+            by_kind.setdefault(problem.kind, []).append(f"warning: {problem.message}")
+        lines = []
+        for kind, told in by_kind.items():
+            lines += told[:of_each]
+            if len(told) > of_each:
+                lines.append(
+                    f"warning: {len(told) - of_each} more of this kind ({kind}); "
+                    f"bti-fast data check {self.root} --json FILE lists them"
+                )
+        return lines
+
 
 def natural_key(text: str) -> tuple:
     """Sort key that puts "benign (2)" before "benign (10)"."""

@@ -116,8 +116,8 @@ def _read(config: RunConfig, run: Path | None, console: Console) -> DatasetIndex
                 f"{stored.data}: the run's data are not there any more; name them with --data PATH"
             )
         index = read_dataset(stored.data, stored.layout)
-    for problem in index.problems:
-        console.print(f"warning: {problem.message}", markup=False, highlight=False, soft_wrap=True)
+    for line in index.warnings():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return index
 
 

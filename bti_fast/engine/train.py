@@ -141,8 +141,8 @@ def _opened(config: TrainConfig, resume: bool) -> Path:
 
 def _index(config: TrainConfig, resume: bool, console: Console) -> DatasetIndex:
     index = read_dataset(config.data, config.layout, groups=None if resume else config.groups)
-    for problem in index.problems:
-        _say(console, f"warning: {problem.message}")
+    for line in index.warnings():
+        _say(console, line)
     return index
 
 

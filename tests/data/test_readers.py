@@ -105,6 +105,19 @@ def test_bad_files_are_left_out_and_the_rest_goes_on(busi):
     assert len(read_dataset(busi, verify=False)) == 12
 
 
+def test_warnings_name_a_few_of_each_kind_and_count_the_rest(busi):
+    for number in (1, 2, 3):
+        (busi / "benign" / f"benign ({number}).png").write_bytes(b"")
+    save(busi / "malignant" / "malignant (1)_mask.png", square_mask() // 255 * 7)
+    index = read_dataset(busi)
+    assert sorted(kinds(index)) == ["mask-values", *["unreadable-image"] * 3]
+    told = index.warnings(of_each=2)
+    assert len(told) == 2 + 1 + 1 and sum("malignant (1)_mask.png" in line for line in told) == 1
+    rest = "warning: 1 more of this kind (unreadable-image); bti-fast data check"
+    assert f"{rest} {index.root} --json FILE lists them" in told
+    assert index.warnings(of_each=3) == [f"warning: {problem.message}" for problem in index.problems]
+
+
 def test_nothing_usable_is_an_error(busi):
     for path in busi.rglob("*.png"):
         path.write_bytes(b"")
