@@ -16,13 +16,14 @@ from bti_fast.engine.lightning_module import GateStage, Stage, TaskStage
 from bti_fast.engine.loaders import start_epoch
 from bti_fast.engine.place import Place
 from bti_fast.engine.recorder import BatchBar, EpochRecorder, InterruptNote, PlainTermination, RunLog
+from bti_fast.engine.scaling import FlooredGradScaler
 from bti_fast.engine.schedule import Counters
 from bti_fast.engine.state import NAME as STATE
 from bti_fast.engine.state import first_line
 from bti_fast.errors import UserError
 from bti_fast.models import BTINet
 
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}  # "16" has a plugin of its own
 
 
 def run_stages(
@@ -165,7 +166,8 @@ def _processes(place: Place, model: BTINet) -> dict[str, Any]:
 
 def _arithmetic(precision: str, device: torch.device) -> dict[str, Any]:
     """The trainer's arguments for a precision; the losses stay in fp32 by themselves."""
-    if precision == "16" and device.type == "cpu":
-        # By its name Lightning would quietly take bf16 instead.
-        return {"plugins": [MixedPrecision("16-mixed", "cpu")]}
+    if precision == "16":
+        # On a CPU Lightning would quietly take bf16, were it given the name instead.
+        scaler = FlooredGradScaler(device.type)
+        return {"plugins": [MixedPrecision("16-mixed", device.type, scaler)]}
     return {"precision": PRECISIONS[precision]}
