@@ -102,6 +102,8 @@ def run(options: argparse.Namespace) -> int:
     """Measures the cases asked for and prints, saves and reports them."""
     import torch
 
+    from bti_fast.memory import keep_freed_memory
+
     from . import table
     from .harness import MODES
     from .measure import Settings, blank, machine_rows, measure
@@ -141,6 +143,8 @@ def run(options: argparse.Namespace) -> int:
             save(options.save, rows)
 
     for case in (case for case in chosen if not isinstance(case, Network)):
+        if case.sweeps and options.device == "cpu":  # they come last
+            keep_freed_memory()  # else the largest sizes show the price of fresh pages instead of the work
         for mode in MODES:
             try:
                 show(measure(case, mode, settings, row))
@@ -158,17 +162,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def load_tables(options: argparse.Namespace) -> int:
-    """Prints and reports tables that were measured before."""
-    from .rows import MACHINE, read
+    """Prints, reports and, with --save, gathers tables that were measured before."""
+    from .rows import MACHINE, read, save
 
     rows = [row for path in options.load for row in read(path)]
     known = list(dict.fromkeys(row.kernel for row in rows if row.kernel != MACHINE))
     for name in options.only:
         if name not in known:
             raise UserError(f"--only: found {name!r}, needed one of {', '.join(known)}")
-    return finish(
-        options, [row for row in rows if not options.only or row.kernel in (*options.only, MACHINE)]
-    )
+    rows = [row for row in rows if not options.only or row.kernel in (*options.only, MACHINE)]
+    if options.save:
+        save(options.save, rows)
+    return finish(options, rows)
 
 
 def finish(options: argparse.Namespace, rows: list) -> int:

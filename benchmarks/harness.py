@@ -59,6 +59,11 @@ class Case:
         name = str(self.dtype).removeprefix("torch.")
         return f"{self.kernel} {self.size} {name} {self.layout}"
 
+    @property
+    def sweeps(self) -> bool:
+        """Part of a sweep: a quantity varies between the cases of its group."""
+        return self.group.startswith("sweep")
+
     def marked(self, **marks) -> Case:
         """The same case under another group, level or x."""
         return replace(self, **marks)

@@ -10,6 +10,7 @@ from bti_fast.errors import UserError
 
 from . import network
 from .rows import MACHINE, PEAK, TIME, Row, gains, losses, read, together, with_best_sdpa
+from .scaling import fits
 from .whole_network import shares
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +73,7 @@ def _device(name: str, rows: Sequence[Row]) -> str:
         _other_groups(rows),
         _attention(rows),
         _network(rows),
+        _growth(rows),
         _losses(rows),
         _machine(rows),
     ]
@@ -181,6 +183,32 @@ def _network(rows: Sequence[Row]) -> str:
         f"differ by a few percent, so small and negative ones say nothing): {', '.join(parts)}."
     )
     return "\n".join(head + lines) + (share if parts else "")
+
+
+def _growth(rows: Sequence[Row]) -> str:
+    """How time and memory of ours grow along the sweeps."""
+    found = defaultdict(dict)
+    for fit in fits(rows):
+        if fit.provider == "bti_fast":
+            found[fit.kernel, fit.group, fit.points[0][0], fit.points[-1][0]][fit.mode, fit.metric] = (
+                fit.exponent
+            )
+    if not found:
+        return ""
+    columns = [(mode, metric) for mode in MODES for metric in (TIME, PEAK)]
+    lines = [
+        "How the cost grows: exponents fitted to sweeps (1.0 is linear; small sizes fit caches, and calls "
+        "have a fixed cost), with freed memory kept. With the allocator as it comes, maps above 32 MB cost "
+        "everybody several times as much: see `keep_freed_memory()` below.",
+        "",
+        "| | from, to | time, forward | memory | time, with backward | memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (kernel, group, first, last), exponents in found.items():
+        cells = (f"{exponents[column]:.2f}" if column in exponents else "" for column in columns)
+        name = group.removeprefix("sweep ")
+        lines.append(f"| `{kernel}`, {name} | {first:g}, {last:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _losses(rows: Sequence[Row]) -> str:

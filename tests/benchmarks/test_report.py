@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import readme
 from benchmarks.__main__ import main
-from benchmarks.rows import EXTRA, MACHINE, PEAK, SKIPPED, save
+from benchmarks.rows import EXTRA, MACHINE, PEAK, SKIPPED, read, save
 from bti_fast.errors import UserError
 
 from .made_rows import ROW, table, timed
@@ -48,6 +48,20 @@ def test_the_page_stands_alone(tmp_path, capsys):
     assert "~ batch^1.00" in out and "compile 4.000 ms, bti_fast 5.000 ms: 0.80x" in out
 
 
+def test_tables_are_gathered_into_one(tmp_path):
+    first, second, into = (tmp_path / name for name in ("first.csv", "second.csv", "into.csv"))
+    save(first, [timed("bti_fast", 1.0, size="a"), timed("bti_fast", 2.0, size="b")])
+    save(second, [timed("bti_fast", 3.0, size="c")])
+    save(
+        into,
+        [timed("bti_fast", 9.0, size="a"), timed("eager", 9.0, size="a"), timed("bti_fast", 4.0, size="d")],
+    )
+    assert main(["--load", str(first), str(second), "--save", str(into)]) == 0
+    found = {(row.size, row.provider): row.p50 for row in read(into)}
+    own = {("a", "bti_fast"): 1.0, ("b", "bti_fast"): 2.0, ("c", "bti_fast"): 3.0, ("d", "bti_fast"): 4.0}
+    assert found == own  # and nothing of the older measurement of a
+
+
 def test_nothing_measured_is_one_line(tmp_path, capsys):
     save(tmp_path / "rows.csv", [replace(ROW, provider="peer", metric=SKIPPED, note="why")])
     assert main(["--load", str(tmp_path / "rows.csv"), "--report", str(tmp_path / "page.html")]) == 2
@@ -67,6 +81,7 @@ def test_readme_section_from_a_table(tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| `gated_fusion` | forward |  |  | 1.3 / 3.3 |  |" in text
     assert "`gated_fusion` against compile in 1 (0.80 at 8x96x56x56 K=1, forward)" in text
+    assert "| `gated_fusion`, batch | 1, 4 | 1.00 |" in text
     assert "already" in readme.update(tmp_path / "README.md", tmp_path)
     with pytest.raises(UserError, match="markers"):
         readme.with_section("no markers", "")
