@@ -14,7 +14,7 @@ from bti_fast.ops.backends import (
     no_limits,
     reference_backend,
 )
-from bti_fast.ops.checks import check_device, check_rank, check_shape, check_tensor
+from bti_fast.ops.checks import DTYPES, check_device, check_rank, check_shape, check_tensor
 from bti_fast.ops.dispatch import Backend, Operator, like
 from bti_fast.ops.sdpa import sdpa_cross_attention, sdpa_cross_attention_backward
 from bti_fast.reference import cross_attention as reference
@@ -138,6 +138,47 @@ def cross_attention(
 
     Source: SPEC 1.4; the maths of shared-query/key bidirectional attention (LightGlue, GLIP, Grounding DINO).
     """
+    if not _fits(q, k, v_q, v_k, q_mask, k_mask, scale):
+        q, k, v_q, v_k = _checked(q, k, v_q, v_k, q_mask, k_mask, scale)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    out_q, out_k, _ = OPERATOR(q, k, v_q, v_k, q_mask, k_mask, factor)
+    return CrossAttention(out_q, out_k)
+
+
+def _fits(q, k, v_q, v_k, q_mask, k_mask, scale) -> bool:
+    """Whether _checked has nothing to do. All its checks by name take longer than a call with few tokens."""
+    if not (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v_q, Tensor)
+        and isinstance(v_k, Tensor)
+    ):
+        return False
+    if q_mask is not None or k_mask is not None or not (scale is None or type(scale) is float):
+        return False
+    if q.dim() != 4 or k.dim() != 4 or v_k.dim() != 4:
+        return False
+    batch, heads, n, d = q.shape
+    m, e, dtype, device, strided = k.shape[2], v_k.shape[3], q.dtype, q.device, torch.strided
+    return (
+        d > 0
+        and k.shape == (batch, heads, m, d)
+        and v_q.shape == (batch, heads, n, e)
+        and v_k.shape == (batch, heads, m, e)
+        and dtype in DTYPES
+        and k.dtype == dtype
+        and v_q.dtype == dtype
+        and v_k.dtype == dtype
+        and k.device == device
+        and v_q.device == device
+        and v_k.device == device
+        and q.layout is k.layout is v_q.layout is v_k.layout is strided
+        and not torch.is_autocast_enabled(device.type)
+    )
+
+
+def _checked(q, k, v_q, v_k, q_mask, k_mask, scale) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v_q and v_k as the operator takes them, or the error that names what does not fit."""
     name = "cross_attention"
     tensors = {"q": q, "k": k, "v_q": v_q, "v_k": v_k}
     for argument, value in tensors.items():
@@ -164,8 +205,7 @@ def cross_attention(
             _check_mask(argument, mask, shape, meaning, q)
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
         raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
-    factor = d**-0.5 if scale is None else float(scale)
-    return CrossAttention(*OPERATOR(q, k, v_q, v_k, q_mask, k_mask, factor)[:2])
+    return q, k, v_q, v_k
 
 
 def _autocast(value: Tensor) -> Tensor:

@@ -33,24 +33,29 @@ def is_ordinary(tensors: Sequence[Tensor]) -> bool:
     """
     if not _KNOWN or torch.compiler.is_compiling() or _modes() or _transforms() or _tracing() is not None:
         return False
-    device = tensors[0].device.type
-    ordinary = _ordinary_keys(device)
-    if ordinary is None or torch.is_autocast_enabled(device):
+    first = tensors[0]
+    device = "cpu" if first.is_cpu else "cuda" if first.is_cuda else None  # device.type takes longer
+    if device is None or torch.is_autocast_enabled(device):
         return False
+    ordinary, inference = _ordinary_keys(device)
     classes, keys_of = _CLASSES, _keys_of
     for tensor in tensors:  # a generator takes twice as long
-        if type(tensor) not in classes or not keys_of(tensor) == ordinary:  # its != takes longer
+        if type(tensor) not in classes:
+            return False
+        keys = keys_of(tensor)
+        if not (keys == ordinary or keys == inference):  # their != takes longer
             return False
     return True
 
 
 @cache
-def _ordinary_keys(device: str) -> torch._C.DispatchKeySet | None:
-    """The dispatch keys of an ordinary tensor, for the devices that have kernels here."""
-    if device not in ("cpu", "cuda"):
-        return None
-    with torch.inference_mode(False):
-        return _keys_of(torch.empty(0, device=device))
+def _ordinary_keys(device: str) -> tuple[torch._C.DispatchKeySet, torch._C.DispatchKeySet]:
+    """The dispatch keys of an ordinary tensor, and of one made in inference mode."""
+    keys = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            keys.append(_keys_of(torch.empty(0, device=device)))
+    return tuple(keys)
 
 
 def flatten(values: Sequence) -> tuple[list[Tensor], list]:

@@ -89,6 +89,11 @@ def test_what_passes_the_dispatcher(monkeypatch):
     assert negated.is_neg()
     assert not through(monkeypatch, lambda: u(logits()))
     assert not through(monkeypatch, lambda: u(torch.nn.Parameter(logits())))
+    with torch.inference_mode():
+        assert not through(monkeypatch, lambda: u(logits()))
+        made = logits()
+    assert not through(monkeypatch, lambda: u(made))
+    assert made.is_inference() and torch.equal(u(made), u(logits()))
     assert through(monkeypatch, lambda: u(logits().as_subclass(Named)))
     assert through(monkeypatch, lambda: u(logits().to("meta")))
     assert through(monkeypatch, lambda: u(negated))
@@ -108,6 +113,14 @@ def test_what_a_backward_pass_needs_may_not_change_before_it():
     hidden += 1.0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         u.sum().backward()
+
+
+def test_a_tensor_made_in_inference_mode_is_not_kept_for_a_backward_pass():
+    with torch.inference_mode():
+        k = torch.randn(1, 2, 3, 16)
+    q = torch.randn(1, 2, 5, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        ops.cross_attention(q, k, q, k)
 
 
 def test_a_torch_without_these_private_functions_is_served_by_the_dispatcher(monkeypatch):
