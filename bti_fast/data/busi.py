@@ -35,7 +35,10 @@ def read(root: Path, *, allow_missing_classes: bool = False) -> DatasetIndex:
     problems: list[Problem] = []
     missing = [name for name in CLASSES if not (root / name).is_dir()]
     if missing and not allow_missing_classes:
-        raise UserError(f"{root}: class folder missing: {', '.join(missing)}; needs {', '.join(CLASSES)}")
+        raise UserError(
+            f"{root}: class folder missing: {', '.join(missing)}; needs {', '.join(CLASSES)}, "
+            "or a manifest.csv and --layout manifest"
+        )
     for name in missing:
         problems.append(Problem(root / name, "missing-class", f"{root / name}: class folder missing"))
     present = tuple(name for name in CLASSES if name not in missing)

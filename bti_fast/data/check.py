@@ -35,6 +35,9 @@ _WARNINGS = frozenset(
         "empty-mask",
         "filled-mask",
         "grey-mask",
+        "inverted-mask",
+        "exif-turned",
+        "similar-classes",
         "dark-16-bit",
         "unknown-group-rows",
     )
@@ -185,7 +188,7 @@ def _look_at(case: Case) -> _Finding:
             problems.append(Problem(path, "mask-size", message, excluded=True))
             lesion = None
             break
-        problems += _look_at_grey(path, values)
+        problems += _look_at_grey(path, values) + _look_at_border(path, mask)
         lesion = lesion or bool(mask.any())
     free = (case.label or "").lower() in LESION_FREE
     where = case.masks[0] if case.masks else case.image
@@ -215,6 +218,13 @@ def _look_at_grey(path: Path, values: np.ndarray) -> list[Problem]:
     shown = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
     message = f"{path}: {odd.size} mask pixels between 0 and {top} (values {shown}); cut at half"
     return [Problem(path, "grey-mask", message)]
+
+
+def _look_at_border(path: Path, mask: np.ndarray) -> list[Problem]:
+    if not (mask[[0, -1]].all() and mask[:, [0, -1]].all()) or mask.all():
+        return []
+    message = f"{path}: the whole border of the mask is lesion; inverted? (lesion must be white)"
+    return [Problem(path, "inverted-mask", message)]
 
 
 def _counts(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +28,8 @@ SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".jp2"}
 )
 MAX_PIXELS = 64_000_000
+_ORIENTATION = 0x0112  # EXIF
+_PHOTOMETRIC = 262  # TIFF
 
 # What Pillow's decoders raise on damaged bytes; anything else is a bug and must surface as one.
 _DECODE_ERRORS = (
@@ -74,9 +78,9 @@ def read_image(path: str | Path, channels: int, *, max_pixels: int = MAX_PIXELS)
 def read_mask(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read one mask file as bool (H, W): 0/255 masks are cut above 127, masks of only 0 and 1 at 1.
 
-    16-bit masks are cut above half of 65535; colour masks count by their brightest channel. A mask whose
-    highest value lies between 2 and 127 (0..32767 in 16 bit) has no clear meaning and raises UserError, as
-    does everything `read_image` refuses.
+    16-bit masks are cut above half of 65535; colour masks count by their brightest channel, and masks of one
+    colour by their transparency where that varies. A mask whose highest value lies between 2 and 127
+    (0..32767 in 16 bit) has no clear meaning and raises UserError, as does everything `read_image` refuses.
     """
     return binarise(read_mask_values(path, max_pixels=max_pixels), Path(path))
 
@@ -84,13 +88,25 @@ def read_mask(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def read_mask_values(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read a mask file's raw grey values, uint8 or uint16 (H, W); raises UserError as `read_image` does."""
     path = Path(path)
-    picture = _over_black(_decode(path, max_pixels))
+    stored = _decode(path, max_pixels)
+    picture = _over_black(stored)
     if picture.mode == "1":
         picture = picture.convert("L")
-    if picture.mode in ("L", "RGB"):
-        values = np.asarray(picture)
-        return values.max(axis=2) if values.ndim == 3 else values
-    return _deep_values(picture, path)
+    if picture.mode not in ("L", "RGB"):
+        return _deep_values(picture, path)
+    values = np.asarray(picture)
+    values = values.max(axis=2) if values.ndim == 3 else values
+    if picture is not stored and values.min() == values.max() and _has_alpha(stored):
+        # A drawing layer: black on transparent ground would otherwise be taken for an empty mask.
+        alpha = np.asarray(stored.convert("RGBA").getchannel("A"))
+        return values if alpha.min() == alpha.max() else alpha
+    return values
+
+
+def exif_turn(path: str | Path) -> int:
+    """The EXIF orientation of an image file, 1 (as stored) to 8; raises UserError as `read_image` does."""
+    with _opened(Path(path), MAX_PIXELS) as picture:
+        return int(picture.getexif().get(_ORIENTATION, 1))
 
 
 def binarise(values: np.ndarray, path: Path) -> np.ndarray:
@@ -107,22 +123,33 @@ def binarise(values: np.ndarray, path: Path) -> np.ndarray:
 
 def _decode(path: Path, max_pixels: int) -> Image.Image:
     """The upright picture in memory, whatever its mode."""
+    with _opened(path, max_pixels) as picture:
+        picture.load()
+        upright = ImageOps.exif_transpose(picture)
+        # Pillow turns TIFFs in which 0 is white round up to 8 bits only.
+        if picture.mode.startswith("I;16") and getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+            upright = Image.fromarray(65535 - np.asarray(upright))
+        return upright
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture with its header read; what fails within, decoding too, becomes a UserError."""
     try:
         if not path.exists():
             inside = member_bytes(path)
             if inside is None:
                 raise UserError(f"{path}: no such file")
             with _open(path, io.BytesIO(inside), max_pixels) as picture:
-                picture.load()
-                return ImageOps.exif_transpose(picture)
+                yield picture
+            return
         if not path.is_file():
             raise UserError(f"{path}: not a file; needs an image file")
         if path.stat().st_size == 0:
             raise UserError(f"{path}: empty file (0 bytes); needs an image")
         # Given a path, Pillow maps plain TIFFs into memory and garbles those stored on their side.
         with path.open("rb") as stream, _open(path, stream, max_pixels) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(picture)
+            yield picture
     except UserError:
         raise
     except PermissionError as cause:
@@ -151,9 +178,7 @@ def _over_black(picture: Image.Image) -> Image.Image:
     if picture.mode in ("1", "L", "RGB", "F") or picture.mode.startswith("I"):
         # A transparent colour key marks unused background; its own grey value is what a viewer would hide.
         return picture
-    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
-        picture.mode == "P" and "transparency" in picture.info
-    ):
+    if _has_alpha(picture):
         picture = picture.convert("RGBA")
         alpha = picture.getchannel("A")
         colour = picture.convert("RGB")
@@ -161,6 +186,12 @@ def _over_black(picture: Image.Image) -> Image.Image:
             colour = Image.composite(colour, Image.new("RGB", picture.size), alpha)
         return colour
     return picture.convert("RGB")
+
+
+def _has_alpha(picture: Image.Image) -> bool:
+    return picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
+        picture.mode == "P" and "transparency" in picture.info
+    )
 
 
 def _deep_values(picture: Image.Image, path: Path) -> np.ndarray:

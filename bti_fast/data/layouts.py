@@ -67,7 +67,7 @@ def read_dataset(
     if groups is not None and index.cases:
         index = with_groups(index, groups)
     if not index.cases:
-        first = f"; first problem: {index.problems[0].message}" if index.problems else ""
+        first = f"; first problem: {index.problems[0].message}" if index.problems else ", nothing is listed"
         raise UserError(f"{path}: no usable image ({len(index.problems)} problems{first})")
     return index
 
@@ -80,11 +80,17 @@ def _choose(path: Path, layout: str) -> tuple[str, Path]:
         if root is None:
             raise UserError(f"{path}: not a {layout} data set; needs {LAYOUTS[layout].looks_like}")
         return layout, root
-    for name, known in LAYOUTS.items():
-        root = known.find(path)
-        if root is not None:
-            return name, root
+    fitting = [(name, root) for name, known in LAYOUTS.items() if (root := known.find(path)) is not None]
+    if len(fitting) > 1:
+        names = [name for name, _ in fitting]
+        raise UserError(
+            f"{path}: fits the layouts {' and '.join(names)}; say which with --layout {' or '.join(names)}"
+        )
+    if fitting:
+        return fitting[0]
     if path.is_dir() and not any(path.iterdir()):
         raise UserError(f"{path}: empty folder; needs a data set")
     looked_for = "; or ".join(f"{name}: {known.looks_like}" for name, known in LAYOUTS.items())
-    raise UserError(f"{path}: no known data set layout found; looked for {looked_for}")
+    raise UserError(
+        f"{path}: no known data set layout found; {manifest.beginning(path)}looked for {looked_for}"
+    )

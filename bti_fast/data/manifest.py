@@ -25,15 +25,26 @@ def find(path: Path) -> Path | None:
     if path.is_file() and path.suffix.lower() == ".csv":
         return path
     file = path / NAME
+    return file if file.is_file() and "image" in _header(file) else None
+
+
+def beginning(folder: Path) -> str:
+    """Where a folder has a manifest that cannot be taken for one, how that begins; else nothing."""
+    file = folder / NAME
     if not file.is_file():
-        return None
+        return ""
+    return f"its {NAME} has no column image, its first line is {', '.join(_header(file))[:80]!r}; "
+
+
+def _header(file: Path) -> list[str]:
+    """The column names of a CSV file, in lower case; none where it cannot be read."""
     try:
         with file.open("rb") as stream:
             header = stream.readline(10_000)
     except OSError:
-        return None
+        return []
     columns = header.decode("utf-8-sig", errors="replace").replace(";", ",").split(",")
-    return file if "image" in [name.strip().strip('"').lower() for name in columns] else None
+    return [name.strip().strip('"').lower() for name in columns]
 
 
 def read(path: Path) -> DatasetIndex:
@@ -47,6 +58,8 @@ def read(path: Path) -> DatasetIndex:
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
     for line, row in csv_rows(path, _check_columns):
+        if not any(map(_text, row.values())):
+            continue  # spreadsheets write rows of commas below the last one
         try:
             case = _case(path.parent, row)
             if case.id in cases:
@@ -58,6 +71,10 @@ def read(path: Path) -> DatasetIndex:
         else:
             cases[case.id] = case
     classes = tuple(sorted({case.label for case in cases.values() if case.label is not None}))
+    for first, second in zip(ordered := sorted(classes, key=str.casefold), ordered[1:], strict=False):
+        if first.casefold() == second.casefold():
+            message = f"{path}: classes {first!r} and {second!r} differ in case alone; taken for two classes"
+            problems.append(Problem(path, "similar-classes", message))
     return DatasetIndex(path.parent, "manifest", classes, sorted_cases(cases.values()), problems)
 
 
@@ -79,7 +96,7 @@ def _check_columns(path: Path, reader: csv.DictReader) -> None:
 
 
 def _case(folder: Path, row: dict) -> Case:
-    if None in row:
+    if _text(row.get(None)):
         raise UserError(f"more values than columns ({', '.join(map(repr, row[None]))})")
     cells = {name: (row.get(name) or "").strip() for name in COLUMNS}
     if not cells["image"]:
@@ -90,6 +107,8 @@ def _case(folder: Path, row: dict) -> Case:
     image = _existing(folder, cells["image"])
     names = [] if cells["mask"].lower() == EMPTY else [part.strip() for part in cells["mask"].split(";")]
     masks = tuple(_existing(folder, name) for name in names if name)
+    if image in masks:
+        raise UserError(f"the mask is the image itself ({cells['image']})")
     return Case(
         id=_identity(folder, image),
         image=image,
@@ -101,11 +120,19 @@ def _case(folder: Path, row: dict) -> Case:
     )
 
 
+def _text(cell: str | list[str] | None) -> str:
+    """What a cell says; the cells beyond the last column come as a list."""
+    return ("".join(cell) if isinstance(cell, list) else cell or "").strip()
+
+
 def _existing(folder: Path, name: str) -> Path:
     for spelling in (name, name.replace("\\", "/")):
         path = folder / Path(spelling).expanduser()
-        if path.is_file():
-            return path
+        try:
+            if path.is_file():
+                return path
+        except OSError as cause:  # too long, say
+            raise UserError(f"{name[:80]}...: cannot be a file ({cause.strerror})") from cause
     raise UserError(f"{folder / name}: no such file")
 
 

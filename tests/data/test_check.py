@@ -46,6 +46,7 @@ def test_everything_planted_is_found(busi):
     save(busi / "malignant" / "malignant (1)_mask.png", grey)
     save(busi / "malignant" / "malignant (2).png", texture(0).astype(np.uint16))
     (busi / "malignant" / "malignant (3)_mask.png").unlink()
+    save(busi / "malignant" / "malignant (4)_mask.png", 255 - square_mask())
     save(busi / "normal" / "normal (1)_mask.png", square_mask())
     (busi / "normal" / "normal (2).png").write_bytes((busi / "benign" / "benign (4).png").read_bytes())
     report = check_dataset(read_dataset(busi))
@@ -54,6 +55,7 @@ def test_everything_planted_is_found(busi):
         "empty-mask",
         "filled-mask",
         "grey-mask",
+        "inverted-mask",
         "mask-size",
         "missing-mask",
         "unreadable-image",

@@ -101,6 +101,30 @@ def test_exif_orientation_is_applied(tmp_path, suffix, tag, upright):
     np.testing.assert_array_equal(np.rint(read_image(path, 1)[0] * 255), upright(grey))
 
 
+def test_16_bit_tiff_in_which_zero_is_white(tmp_path):
+    grey = np.random.default_rng(2).integers(0, 65536, (7, 9), dtype=np.uint16)
+    path = save(tmp_path / "a.tif", 65535 - grey, tiffinfo={262: 0, 274: 3})  # half a turn too
+    np.testing.assert_allclose(read_image(path, 1)[0], grey[::-1, ::-1] / 65535.0, atol=1e-7)
+
+
+def test_masks_drawn_in_transparency(tmp_path):
+    mask = square_mask()
+    black, white = np.zeros((*mask.shape, 3), np.uint8), np.full((*mask.shape, 3), 255, np.uint8)
+    stored = {
+        "black on nothing": np.dstack([black, mask]),
+        "black on white that cannot be seen": np.dstack([np.where(mask[..., None], black, white), mask]),
+        "white on nothing": np.dstack([white, mask]),
+        "white on black, all opaque": np.dstack([*[mask] * 3, white[..., 0]]),
+        "grey": np.dstack([black[..., 0], mask]),
+    }
+    for name, array in stored.items():
+        np.testing.assert_array_equal(
+            read_mask(save(tmp_path / f"{name}.png", array)), mask > 0, err_msg=name
+        )
+    assert not read_mask(save(tmp_path / "empty.png", np.dstack([black, 0 * mask + 255]))).any()
+    assert not read_mask(save(tmp_path / "nothing.png", np.dstack([black, 0 * mask]))).any()
+
+
 def test_masks_of_255_one_bit_and_01_agree(tmp_path):
     mask = square_mask()
     expected = mask > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bti_fast.data import read_dataset
 from bti_fast.data.layouts import LAYOUTS
@@ -223,8 +224,53 @@ def test_manifest_refused(listed, text, part):
 
 def test_manifest_of_another_data_set_is_not_taken_for_ours(tmp_path):
     (tmp_path / "manifest.csv").write_text("relative_path,filename\na,b\n")
-    with pytest.raises(UserError, match="no known data set layout"):
+    with pytest.raises(
+        UserError, match="no known data set layout found; its manifest.csv has no column image"
+    ):
         read_dataset(tmp_path)
+
+
+def test_manifest_beside_class_folders_is_not_passed_over(busi):
+    (busi / "manifest.csv").write_text("image,class,group\nbenign/benign (1).png,b,patient 1\n")
+    with pytest.raises(UserError, match="fits the layouts busi and manifest; say which with --layout"):
+        read_dataset(busi)
+    assert len(read_dataset(busi, "busi")) == 12 and len(read_dataset(busi, "manifest")) == 1
+
+
+def test_manifest_rows_of_a_spreadsheet(listed):
+    index = listed("image,class\nimages/0.png,a,,\n,\nimages/1.png,b\n,,,,\n")
+    assert len(index) == 2 and index.problems == []
+
+
+def test_manifest_mistakes_that_would_train_in_silence(listed):
+    long = "x" * 5000
+    index = listed(
+        "image,mask,class\nimages/0.png,images/0.png,a\nimages/1.png,masks/1.png,Benign\n"
+        f"images/2.png,,benign\n{long},,a\n"
+    )
+    assert [case.label for case in index.cases] == ["Benign", "benign"]
+    assert kinds(index) == ["bad-row", "bad-row", "similar-classes"]
+    for problem, part in zip(
+        index.problems, ("the mask is the image itself", "too long", "'Benign' and 'benign'"), strict=True
+    ):
+        assert part in problem.message and len(problem.message) < 500
+
+
+def test_images_turned_by_their_exif_tag(listed):
+    """Half a turn leaves the size as it was, so that only the tag tells; a quarter gives another size."""
+    for name, tag in (("half", 3), ("quarter", 6)):
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        save(listed.folder / "images" / f"{name}.jpg", texture(5), exif=exif)
+        save(listed.folder / "masks" / f"{name}.jpg", square_mask(), exif=exif)
+    index = listed(
+        "image,mask\nimages/half.jpg,masks/0.png\nimages/quarter.jpg,masks/1.png\nimages/2.png,masks/0.png\n"
+    )
+    assert [case.image.stem for case in index.cases] == ["2", "half"]
+    assert kinds(index) == ["mask-size", "exif-turned"]
+    assert "upright as the image's EXIF tag" in index.problems[0].message and not index.problems[1].excluded
+    tagged = listed("image,mask\nimages/half.jpg,masks/half.jpg\nimages/quarter.jpg,masks/quarter.jpg\n")
+    assert len(tagged) == 2 and tagged.problems == []
 
 
 def test_real_busi(shared_dir):
