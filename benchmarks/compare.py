@@ -1,22 +1,22 @@
-"""Did anything get slower between two tables? Machines differ from run to run: the peers tell by how much."""
+"""Did anything get slower between two tables? Machines differ: peers and a copy beside it tell by how much."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 
 from bti_fast.errors import UserError
 
-from .rows import EXTRA, PEAK, TIME, Row, geometric_mean, together
+from .rows import COPY, COPY_RATE, EXTRA, PEAK, TIME, Row, geometric_mean, together
 
 MEMORY_SLACK = 0.1  # megabytes that are nobody's loss
 
 
 @dataclass(frozen=True)
 class Change:
-    """One number of ours in two tables. ``ratio`` is new over old, times divided by ``machine``: how much the
-    peers of this case changed between the two runs. ``peers`` names them; without any, times count as
-    they are."""
+    """One number of ours in two tables. ``ratio`` is new over old, times divided by ``machine``: how much
+    longer the machine takes for this case now, told by ``peers``; without any, times count as they are."""
 
     old: Row
     new: Row
@@ -49,7 +49,7 @@ class Change:
             return f"{line} of {row.metric.split()[0]} memory"
         if not self.peers:
             return f"{line} (no peer in both tables: as measured)"
-        return f"{line} against {', '.join(self.peers)}, which took {self.machine:.2f}x"
+        return f"{line} against {', '.join(self.peers)}, by which this machine takes {self.machine:.2f}x"
 
 
 def changes(old: Iterable[Row], new: Iterable[Row]) -> list[Change]:
@@ -58,6 +58,7 @@ def changes(old: Iterable[Row], new: Iterable[Row]) -> list[Change]:
     Raises UserError where they have no case in common.
     """
     old, new = list(old), list(new)
+    copies = [{row.case: row.p50 for row in rows if row.metric == COPY_RATE} for rows in (old, new)]
     found = []
     for metric in (TIME, PEAK, EXTRA):
         before = {row.key: (row, peers) for row, peers in together(old, metric)}
@@ -67,6 +68,10 @@ def changes(old: Iterable[Row], new: Iterable[Row]) -> list[Change]:
             old_row, old_peers = before[row.key]
             common = tuple(name for name in peers if name in old_peers) if metric == TIME else ()
             machine = geometric_mean([peers[n].p50 / old_peers[n].p50 for n in common]) if common else 1.0
+            if common and all(row.case in rates for rates in copies):
+                # A peer alone misleads: the allocator may serve it otherwise in another process.
+                machine = median((machine, copies[0][row.case] / copies[1][row.case], 1.0))
+                common += (COPY,)
             # A few hundred bytes of nothing would be an endless ratio.
             base = old_row.p50 if metric == TIME else max(old_row.p50, MEMORY_SLACK)
             value = row.p50 if metric == TIME else max(row.p50, MEMORY_SLACK)

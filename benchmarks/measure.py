@@ -24,11 +24,10 @@ from .ceilings import Ceilings, calls_per_sample, copier, copy_rate, matrix_rate
 from .harness import Bound, Case, Provider, bind, check, poisoned_memory, runner
 from .memory import peak_memory
 from .peers import EAGER, Choice, isa_in_use, providers
-from .rows import BUSY_NOTE, EXTRA, MACHINE, PEAK, SKIPPED, TIME, Row
+from .rows import BUSY_NOTE, COPY, COPY_RATE, EXTRA, MACHINE, PEAK, SKIPPED, TIME, Row
 
 ROUNDS = 5, 200  # fewest and most timed repeats
 MIB = 2**20
-COPY = "copy"
 BUSY = 0.05  # of the time, waited for a processor; an idle machine has about 0.01, equal rivals 0.7
 
 
@@ -104,7 +103,7 @@ def machine_rows(when: str, settings: Settings, row: Row) -> list[Row]:
         speed = copy_rate(nbytes, settings.device) / 1e9
         size = f"{nbytes // MIB} MiB"
         made = replace(
-            row, kernel=MACHINE, provider="copy", mode=when, metric="GB/s", size=size, group=MACHINE
+            row, kernel=MACHINE, provider=COPY, mode=when, metric=COPY_RATE, size=size, group=MACHINE
         )
         rows.append(replace(made, p20=speed, p50=speed, p80=speed))
     speed = matrix_rate(settings.device) / 1e9
@@ -148,7 +147,7 @@ def measure(case: Case, mode: str, settings: Settings, row: Row) -> list[Row]:
     rates = [2 * nbytes / seconds for seconds in samples.pop(COPY)]
     ceilings = Ceilings(median(rates), matrix_rate(settings.device, case.dtype))
     p20, p50, p80 = (rate / 1e9 for rate in _quantiles(rates))
-    found = [replace(row, provider=COPY, metric="GB/s", p20=p20, p50=p50, p80=p80, samples=len(rates))]
+    found = [replace(row, provider=COPY, metric=COPY_RATE, p20=p20, p50=p50, p80=p80, samples=len(rates))]
     found += [_timed(row, case, name, times, ceilings) for name, times in samples.items()]
     if settings.memory:
         for name, (provider, run) in runs.items():

@@ -15,6 +15,7 @@ from bti_fast.errors import UserError
 TIME, PEAK, EXTRA, SKIPPED = "ms", "peak MB", "extra MB", "skipped"
 MAIN_PEERS = "eager", "reference", "compile", "compile max-autotune", "best sdpa"
 BUSY_NOTE = "busy machine"  # begins the note of rows whose times are not to be trusted
+COPY, COPY_RATE = "copy", "GB/s"  # the ceiling measured beside every case: provider and metric
 MACHINE = "machine"  # the kernel under which the ceilings stand
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.compare import changes
-from benchmarks.rows import BUSY_NOTE, save
+from benchmarks.rows import BUSY_NOTE, COPY_RATE, save
 from bti_fast.errors import UserError
 
 from .made_rows import table, timed
@@ -34,6 +34,18 @@ def test_a_slower_machine_alone_is_no_slowdown(tmp_path, machine):
     paths = files(tmp_path, table(2.0), table(2.1, machine, run="second"))
     assert main(["--compare", *paths]) == 0
     assert main(["--compare", *paths, "--threshold", "0.04"]) == 1
+
+
+@pytest.mark.parametrize(("machine", "ratio"), [(1.0, 1.05), (0.5, 2.1)])
+def test_a_peer_that_changed_by_itself_is_no_measure_of_the_machine(machine, ratio):
+    def rows(ours: float, eager: float, rate: float) -> list:
+        copied = dataclasses.replace(timed("copy", rate), metric=COPY_RATE)
+        return [timed("bti_fast", ours), timed("eager", eager), copied]
+
+    # Eager takes half; so does the machine in the second case, where our slowdown by 2.1 is hidden by it.
+    (change,) = changes(rows(2.0, 10.0, 20.0), rows(2.1, 5.0, 20.0 / machine))
+    assert change.ratio == pytest.approx(ratio) and change.slower(0.15) == (machine == 0.5)
+    assert "against eager, copy, by which" in str(change)
 
 
 def test_only_some_slow_samples_are_noise():
