@@ -1,4 +1,4 @@
-"""Did anything get slower between two tables? Machines differ: peers and a copy beside it tell by how much."""
+"""Did anything get slower between two tables? Machines differ: peers and a copy tell by how much."""
 
 from __future__ import annotations
 
