@@ -180,6 +180,8 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; exit code 0 done, 1 the data check found problems, 2 bad input, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may be bytes that the terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if arguments[:1] == ["--version"]:
             from bti_fast import __version__

@@ -38,8 +38,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes text atomically, as UTF-8."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Writes text atomically, as UTF-8; names of files that are not UTF-8 as the bytes that they are."""
+    write_atomic(
+        path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+    )
 
 
 def write_json(path: Path, value: Any) -> None:

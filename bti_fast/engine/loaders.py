@@ -165,9 +165,9 @@ def read_split(folder: Path, index: DatasetIndex) -> dict[str, list[Case]]:
     """
     path = folder / SPLIT_FILE
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+    except (OSError, csv.Error) as cause:
         raise UserError(
             f"{path}: cannot be read ({cause}); it says which cases the run was trained on"
         ) from cause

@@ -29,6 +29,7 @@ TABLE_JSON, TABLE_CSV = "predictions.json", "predictions.csv"
 PROXIES = ("alignment", "complexity", "confidence")
 _MASK_NAME = re.compile(r"^(.+)_mask(_\d+)?$")
 _TABLE_SECONDS = 10.0
+_PICTURES = ("masks", "overlays", "attention")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def predict(
         raise UserError(
             f"{folder}: none of {len(bad)} files could be predicted, first {bad[0][0]}: {bad[0][1]}"
         )
-    text = f"{len(records)} images predicted -> {folder}"
+    text = f"{len(records)} image{'s' * (len(records) != 1)} predicted -> {folder}"
     if referral is not None:
         text += f"; {sum(record['refer'] for record in records)} of them are for a human to look at"
     if bad:
@@ -105,7 +106,7 @@ def find_images(paths: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]
     """Image files that files, folders and patterns stand for, in order, each once; and what was not found.
 
     Folders are searched with their subfolders for the usual image suffixes; mask files beside their image
-    (x.png, x_mask.png) are left out there.
+    (x.png, x_mask.png), hidden files and pictures that an earlier prediction drew are left out there.
     """
     files: dict[Path, None] = {}
     bad: list[tuple[str, str]] = []
@@ -126,7 +127,15 @@ def find_images(paths: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    drawn = {table.parent / name for table in folder.rglob(TABLE_JSON) for name in _PICTURES}
+    found = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in SUFFIXES
+        and not p.is_dir()
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        and drawn.isdisjoint(p.parents)
+    )
     stems = {p.with_suffix("") for p in found}
 
     def is_mask(path: Path) -> bool:

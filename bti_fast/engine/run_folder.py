@@ -118,7 +118,7 @@ def load_model(path: Path, encoder: Any = None) -> Any:
         model = BTINet.load(path, encoder=encoder)
     except RuntimeError as cause:  # torch's word for tensors that do not fit
         raise UserError(f"{path}: of another configuration ({first_line(cause)})") from cause
-    bad = next((name for name, value in model.named_parameters() if not torch.isfinite(value).all()), None)
+    bad = next((name for name, value in model.state_dict().items() if not torch.isfinite(value).all()), None)
     if bad is not None:
         raise UserError(f"{path}: weights hold NaN or infinity, first in {bad}")
     return model

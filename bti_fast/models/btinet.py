@@ -24,6 +24,7 @@ DECODER_CHANNELS = (384, 192, 96, 48)
 HEAD_CHANNELS = (24, 16)
 CLS_FEATURES = 256
 ATTENTION_HEADS = 4
+SMALLEST = 32  # pixels a side
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -135,6 +136,11 @@ class BTINet(nn.Module):
                 raise ValueError(f"{name}: found {value!r}, needed a whole number of at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: found {dropout}, needed 0 <= dropout < 1")
+        sides = (image_size,) * 2 if isinstance(image_size, int) else image_size
+        if not isinstance(sides, Sequence) or len(sides) != 2 or not all(map(_is_side, sides)):
+            raise ValueError(
+                f"image_size: found {image_size!r}, needed a whole number of at least {SMALLEST}, or two"
+            )
         if classes is not None and len(classes) != cls_classes:
             raise ValueError(f"classes: found {len(classes)} names, needed {cls_classes} like cls_classes")
         self.config: dict[str, Any] = {
@@ -250,8 +256,9 @@ class BTINet(nn.Module):
             raise TypeError(f"image: found {image.dtype}, needed a floating point dtype, with values in 0..1")
         if image.ndim != 4 or image.shape[1] != self.in_channels:
             raise ValueError(f"image: found shape {tuple(image.shape)}, needed (B, {self.in_channels}, H, W)")
-        if min(image.shape[2:]) < 32:
-            raise ValueError(f"image: found {image.shape[2]}x{image.shape[3]} pixels, needed at least 32x32")
+        if min(image.shape[2:]) < SMALLEST:
+            found = f"{image.shape[2]}x{image.shape[3]}"
+            raise ValueError(f"image: found {found} pixels, needed at least {SMALLEST}x{SMALLEST}")
 
     def gate_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that stage 2 of the recipe trains; none without gates."""
@@ -304,11 +311,15 @@ class BTINet(nn.Module):
             raise UserError(f"{path}: was saved with an encoder of its own; pass it as encoder=")
         try:
             model = cls(named if encoder is None else encoder, **config, classes=stored.classes)
-        except (TypeError, ValueError) as cause:
+        except (TypeError, ValueError, MemoryError) as cause:
             raise UserError(f"{path}: its configuration does not describe a BTINet ({cause})") from cause
         checkpoint.fill(model, stored.tensors, path)
         model.metadata = stored.metadata
         return model.eval()
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= SMALLEST
 
 
 def _interaction(kind: str, channels: int, seg_classes: int, cls_classes: int) -> nn.Module:

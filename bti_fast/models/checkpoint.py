@@ -83,6 +83,8 @@ def read(path: str | Path) -> Stored:
         raise UserError(f"{path}: its configuration cannot be read ({cause})") from cause
     if not isinstance(config, dict) or not isinstance(metadata, dict):
         raise UserError(f"{path}: its configuration cannot be read (found {type(config).__name__})")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+        raise UserError(f"{path}: its class names cannot be read (found {classes!r})")
     return Stored(tensors, config, None if classes is None else tuple(classes), metadata)
 
 

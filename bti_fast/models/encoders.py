@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -38,6 +39,7 @@ class EfficientNetEncoder(nn.Module):
         super().__init__()
         if name not in EFFICIENTNETS:
             raise UserError(f"encoder: found {name!r}, needed one of {', '.join(EFFICIENTNETS)}")
+        self.name = name
         self.net = _monai_efficientnet(name, in_channels)
         self.channels = (
             *(self.net._blocks[stage][0]._expand_conv.out_channels for stage in TAPPED_STAGES),
@@ -188,20 +190,26 @@ def check_maps(maps: object, channels: Sequence[int] | None = None) -> None:
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
     """Fills an encoder from a local state dict: safetensors, or a torch file without code in it.
 
-    Takes the names of MONAI's EfficientNetBN, those of EfficientNet-PyTorch, and the encoder's own. A file
-    for three channels also serves one channel: the kernels of the first convolution are summed.
-    UserError naming the file where it cannot be read or does not fit.
+    Takes the names of MONAI's EfficientNetBN, those of EfficientNet-PyTorch, and the encoder's own, below any
+    common prefix ("module.", or a whole network that this encoder is part of). A file for three channels also
+    serves one channel: the kernels of the first convolution are summed.
+    UserError naming the file where it cannot be read, does not fit, or holds what is not a number.
     """
     found = _read_state(Path(path))
     needed = encoder.state_dict()
+    prefix = _prefix(next(iter(needed), ""), found)
     state = {}
     for key, tensor in needed.items():
-        source = next((k for k in _spellings(key) if k in found), None)
+        source = next((prefix + k for k in _spellings(key) if prefix + k in found), None)
         if source is None:
             if key.endswith("num_batches_tracked"):
                 state[key] = tensor
                 continue
-            raise UserError(f"encoder weights {path}: {key} is missing")
+            has = f"found {len(found)} tensors" + (f" such as {next(iter(found))}" if found else "")
+            raise UserError(
+                f"encoder weights {path}: {key} is missing ({has}); needs those of "
+                f"{getattr(encoder, 'name', type(encoder).__name__)}, as it or MONAI names them"
+            )
         value = found[source]
         if (
             key.endswith("_conv_stem.weight")
@@ -214,8 +222,19 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
             raise UserError(
                 f"encoder weights {path}: {key} has shape {tuple(value.shape)}, needed {tuple(tensor.shape)}"
             )
+        if tensor.is_floating_point() and not (value.is_floating_point() and value.isfinite().all()):
+            has = "NaN or infinity" if value.is_floating_point() else str(value.dtype)
+            raise UserError(
+                f"encoder weights {path}: {key} holds {has}, needed finite floating point numbers"
+            )
         state[key] = value
     encoder.load_state_dict(state)
+
+
+def _prefix(key: str, found: Mapping[str, Tensor]) -> str:
+    """What stands before every name in the file, judged by one tensor that must be there."""
+    names = [(name, s) for s in _spellings(key) for name in found if name == s or name.endswith(f".{s}")]
+    return min((name.removesuffix(s) for name, s in names), key=len, default="")
 
 
 def _spellings(key: str) -> tuple[str, ...]:
@@ -236,11 +255,19 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as cause:
+        raise UserError(
+            f"encoder weights {path}: not a readable file of tensors (damaged, or with code or a whole "
+            "module in it, which is not run); needs what torch.save(encoder.state_dict(), path) writes"
+        ) from cause
     except Exception as cause:
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        reason = " ".join([type(cause).__name__, *str(cause).strip().splitlines()[:1]])
         raise UserError(f"encoder weights {path}: not a readable file of tensors ({reason})") from cause
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise UserError(f"encoder weights {path}: found no state dict (names to tensors)")
     return state

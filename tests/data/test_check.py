@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from bti_fast.cli import main
 from bti_fast.data import check_dataset, make_phantoms, read_dataset, split_cases
 from tests.data.files import make_busi, save, square_mask, texture
 
@@ -108,6 +110,21 @@ def test_leaks_between_declared_and_between_given_splits(tmp_path):
     assert "(no class)" in text and "2 leaks between splits" in text
     assert json.loads(report.to_json())["leaks"] == [list(group) for group in report.leaks]
     assert check_dataset(index, splits=split_cases(index, fractions=(0.5, 0.25, 0.25))).ok
+
+
+def test_names_that_are_no_text_are_shown_on_any_terminal(tmp_path, capsys):
+    make_phantoms(tmp_path, 4, size=32)
+    name = os.fsdecode(b"stray\xff.png")
+    rows = f"image,class\nimages/phantom_0000.png,a\nimages/{name},a\n"
+    (tmp_path / "manifest.csv").write_text(rows, errors="surrogateescape")
+    assert main(["data", "check", str(tmp_path)]) == 2  # a CSV file in UTF-8 cannot say that name
+    busi = make_busi(tmp_path / "busi") / "Dataset_BUSI_with_GT"
+    try:
+        (busi / "benign" / name).write_bytes(b"")
+    except OSError:
+        pytest.skip("this disk takes names in UTF-8 only")
+    assert main(["data", "check", str(busi)]) == 1
+    assert "stray" in capsys.readouterr().out
 
 
 def test_names_with_markup_and_no_class_at_all(tmp_path):

@@ -72,6 +72,20 @@ def test_checkpoint_of_another_configuration(finished_run: Path, tmp_path: Path)
     tensors = load_file(finished_run / "model.safetensors")
     save_file(tensors, tmp_path / "four.safetensors", header)
     refused(tmp_path / "four.safetensors", "of another configuration: cls_out.weight has shape")
+    for name, key, value, said in (
+        ("names", "classes", 5, "class names cannot be read .found 5"),
+        (
+            "size",
+            "config",
+            {**config, "image_size": 5},
+            "image_size: found 5, needed a whole number of at least 32",
+        ),
+        ("sides", "config", {**config, "image_size": "abc"}, "image_size: found 'abc'"),
+        ("inputs", "config", {**config, "in_channels": 10**13}, "does not describe a BTINet"),
+    ):
+        header = {**header, "config": json.dumps(config), "classes": json.dumps(None), key: json.dumps(value)}
+        save_file(tensors, tmp_path / f"{name}.safetensors", header)
+        refused(tmp_path / f"{name}.safetensors", said)
     save_file(tensors, tmp_path / "foreign.safetensors")
     refused(tmp_path / "foreign.safetensors", "not a BTINet checkpoint")
 
@@ -82,6 +96,11 @@ def test_weights_that_are_not_numbers(finished_run: Path, tmp_path: Path) -> Non
         model.seg_out.bias.fill_(float("nan"))
     model.save(tmp_path / "nan.safetensors")
     refused(tmp_path / "nan.safetensors", "hold NaN or infinity, first in seg_out.bias")
+    with torch.no_grad():
+        model.seg_out.bias.zero_()
+        model.cls_bn.running_var[0] = float("inf")  # what a diverged training leaves in a buffer
+    model.save(tmp_path / "buffer.safetensors")
+    refused(tmp_path / "buffer.safetensors", "hold NaN or infinity, first in cls_bn.running_var")
 
 
 def test_nothing_there(tmp_path: Path) -> None:

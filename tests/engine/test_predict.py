@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -90,6 +91,23 @@ def test_good_and_bad_files_together(finished_run: Path, tmp_path: Path) -> None
         "mask_entropy",
         "failure_score",
     } <= set(good)
+
+
+def test_names_that_are_no_text(finished_run: Path, tmp_path: Path) -> None:
+    """A file name is bytes, which need not be UTF-8: tables keep it, and neither table nor report is lost."""
+    source = picture(tmp_path / "a.png", 40, 40)
+    name = os.fsdecode(b"scan\xff.png")
+    (tmp_path / "in").mkdir()
+    try:
+        source.rename(tmp_path / "in" / name)
+    except OSError:
+        pytest.skip("this disk takes names in UTF-8 only")
+    result, _ = run_predict(finished_run, tmp_path / "out", tmp_path / "in")
+    assert len(result.records) == 1 and (tmp_path / "out" / result.records[0]["mask"]).exists()
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())["images"][0]["image"].endswith(
+        name
+    )
+    assert b"scan\xff.png" in (tmp_path / "out" / "predictions.csv").read_bytes()
 
 
 def test_attention_pictures(finished_run: Path, tmp_path: Path) -> None:
@@ -196,7 +214,14 @@ def test_find_images(tmp_path: Path) -> None:
         assert not bad
         return [path.relative_to(tmp_path).as_posix() for path in files]
 
+    for hidden in ("._b.png", "sub/.cache/b.png", "results/masks/b.png", "results/overlays/sub/b.png"):
+        picture(tmp_path / hidden, 4, 4)
+    (tmp_path / "results" / "predictions.json").write_text("{}")  # of an earlier prediction
     assert names("") == ["a.jpg", "b.png", "sub/c.TIF", "sub/lone_mask.png"]
+    assert names("results/masks") == ["results/masks/b.png"]
+    (tmp_path / "sub" / "gone.png").symlink_to("nowhere.png")  # not passed over: predict lists it as bad
+    assert names("sub") == ["sub/c.TIF", "sub/gone.png", "sub/lone_mask.png"]
+    (tmp_path / "sub" / "gone.png").unlink()
     assert names("*.png") == ["b.png"]
     assert names("b.png", "b.png", "") == ["b.png", "a.jpg", "sub/c.TIF", "sub/lone_mask.png"]
     assert names("notes.txt") == ["notes.txt"]  # named outright: tried, and reported if it is no image

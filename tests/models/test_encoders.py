@@ -144,7 +144,10 @@ def test_channels_come_from_argument_attribute_or_a_dry_run():
         feature_channels(nn.Conv2d(3, 4, 1), 3)
 
 
-@pytest.mark.parametrize("spelling", ["own", "monai", "efficientnet-pytorch", "wrapped", "safetensors"])
+@pytest.mark.parametrize(
+    "spelling",
+    ["own", "monai", "efficientnet-pytorch", "wrapped", "safetensors", "prefixed", "part of a network"],
+)
 def test_local_weights_fill_the_encoder(b0, tmp_path, spelling):
     state = b0.state_dict()
     path = tmp_path / "weights.pth"
@@ -160,6 +163,10 @@ def test_local_weights_fill_the_encoder(b0, tmp_path, spelling):
             flat[".".join([parts[0], *parts[2:]] if parts[0] == "_blocks" else parts)] = value
         assert "_blocks.15._bn2.weight" in flat
         torch.save(flat, path)
+    elif spelling == "prefixed":
+        torch.save({"model": {f"module.{k}": v for k, v in plain.items()}}, path)
+    elif spelling == "part of a network":
+        torch.save({f"encoder.{k}": v for k, v in state.items()} | {"head.weight": torch.zeros(2)}, path)
     elif spelling == "wrapped":
         torch.save({"state_dict": plain, "epoch": 3}, path)
     else:
@@ -201,8 +208,16 @@ def test_unusable_files_of_weights_are_refused_by_name(b0, tmp_path, capsys):
     with pytest.raises(UserError, match="list.pth: found no state dict"):
         load_encoder_weights(b0, tmp_path / "list.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="other.pth: net._conv_stem.weight is missing"):
+    missing = (
+        r"other.pth: net._conv_stem.weight is missing \(found 1 tensors such as a\); needs .* efficientnet-b0"
+    )
+    with pytest.raises(UserError, match=missing):
         load_encoder_weights(b0, tmp_path / "other.pth")
+    for value, found in ((float("nan"), "NaN or infinity"), (0, "torch.int64")):
+        state = b0.state_dict() | {"net._bn1.running_var": torch.full((1280,), value)}
+        torch.save(state, tmp_path / "odd.pth")
+        with pytest.raises(UserError, match=f"odd.pth: net._bn1.running_var holds {found}"):
+            load_encoder_weights(b0, tmp_path / "odd.pth")
     state = b0.state_dict() | {"net._bn1.weight": torch.zeros(3)}
     torch.save(state, tmp_path / "shape.pth")
     with pytest.raises(UserError, match=r"shape.pth: net._bn1.weight has shape \(3,\), needed \(1280,\)"):
