@@ -65,6 +65,9 @@ class CrossDecoderAttention(nn.Module):
         check_features("cls", cls, seg, self.cls_features, tokens=True)
         if cls_mask is not None and cls.ndim == 2:
             raise ValueError("cls_mask: found a mask beside a single vector, needed cls as tokens (B, M, F)")
+        positions = (seg.shape[0], *seg.shape[2:])
+        if seg_mask is not None and seg_mask.shape != positions:  # flattened, it might seem right
+            raise ValueError(f"seg_mask: found shape {tuple(seg_mask.shape)}, needed {positions} like seg")
         q, k, v_q, v_k, tokens = self._projected(seg, cls)
         read = ops.cross_attention(
             q,
@@ -74,7 +77,7 @@ class CrossDecoderAttention(nn.Module):
             q_mask=None if seg_mask is None else seg_mask.flatten(1),
             k_mask=cls_mask,
         )
-        to_seg = read.out_q.transpose(2, 3).reshape(seg.shape[0], -1, *seg.shape[2:])  # [B, h·d, *spatial]
+        to_seg = read.out_q.transpose(2, 3).flatten(1, 2).unflatten(2, seg.shape[2:])  # [B, h·d, *spatial]
         seg_change = _pointwise(self.seg_out, to_seg.to(q.dtype))
         cls_change = self.cls_out(read.out_k.transpose(1, 2).flatten(2).to(tokens.dtype))  # [B, M, F]
         if cls.ndim == 2:

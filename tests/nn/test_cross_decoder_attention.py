@@ -130,6 +130,22 @@ def test_a_mask_beside_a_vector_is_refused():
         )
 
 
+def test_a_mask_of_the_map_turned_is_refused():
+    module = CrossDecoderAttention(12, 10)
+    turned = torch.ones(2, 7, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"seg_mask: found shape \(2, 7, 5\), needed \(2, 5, 7\) like seg"):
+        module(torch.zeros(2, 12, 5, 7), torch.zeros(2, 3, 10), seg_mask=turned)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["1d", "2d", "3d"])
+def test_an_empty_batch_gives_an_empty_result(shape):
+    module = CrossDecoderAttention(12, 10, heads=2, head_dim=16)
+    seg, cls = torch.zeros(0, *shape[1:], requires_grad=True), torch.zeros(0, 10)
+    out = module(seg, cls)
+    out.seg.sum().backward()
+    assert out.seg.shape == seg.shape == seg.grad.shape and out.cls.shape == (0, 10)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=["1d", "2d", "3d"])
 def test_token_attention_is_the_column_softmax_that_the_operator_applies(shape):
     torch.manual_seed(2)
