@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+ESCAPED_COMMA = r"\,"  # else nvcc takes what follows for a macro of its own
 DTYPES = ("float16", "bfloat16", "float32")
 TENSOR_CORES = re.compile(r"\bHMMA\w*")
 KERNEL = re.compile(
@@ -57,15 +58,27 @@ def kernels(dtype: str, target: str, channels: tuple[int, ...] = (16, 32, 64, 12
 
     Raises RuntimeError with the compiler's messages where it fails.
     """
+    usage, sass = compiled(
+        f"cross_attention_{dtype}.cu",
+        target,
+        f"-DBTI_FAST_CHANNELS={ESCAPED_COMMA.join(map(str, channels))}",
+    )
+    return [_kernel(name, found, sass[name]) for name, found in usage.items()]
+
+
+def compiled(source: str, target: str, *options: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """(registers, spilled bytes) and the machine code of every kernel of a file in csrc/cuda, by name.
+
+    Raises RuntimeError with the compiler's messages where it fails.
+    """
     torch = Path(importlib.util.find_spec("torch").origin).parent
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [
             nvcc(), "-std=c++17", "-O3", "-DNDEBUG", f"-arch={target}", "-cubin", "-Xptxas", "-v",
-            "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            f"-DBTI_FAST_CHANNELS={','.join(map(str, channels))}",
+            "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", *options,
             f"-I{ROOT / 'csrc'}", "-isystem", str(torch / "include"),
-            str(ROOT / "csrc" / "cuda" / f"cross_attention_{dtype}.cu"), "-o", str(cubin),
+            str(ROOT / "csrc" / "cuda" / source), "-o", str(cubin),
         ]  # fmt: skip
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
@@ -73,8 +86,7 @@ def kernels(dtype: str, target: str, channels: tuple[int, ...] = (16, 32, 64, 12
         code = subprocess.run(
             [disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True
         )
-    sass = dict(_functions(code.stdout))
-    return [_kernel(name, usage, sass[name]) for name, usage in _usage(built.stderr)]
+    return dict(_usage(built.stderr)), dict(_functions(code.stdout))
 
 
 def _usage(messages: str) -> Iterator[tuple[str, tuple[int, int]]]:

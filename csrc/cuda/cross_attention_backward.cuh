@@ -40,15 +40,22 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
   constexpr int class_elements = Shape::class_tokens * Shape::class_pitch;
   const CrossShape& s = job.shape;
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31;
-  const int group = block_index() / s.splits, split = block_index() - group * s.splits;
-  const int batch = group / s.heads, head = group - batch * s.heads;
-  const int begin = split * s.split_tokens, end = s.n - begin < s.split_tokens ? s.n : begin + s.split_tokens;
-  const TokenMask q_mask = mask_of(s.q_mask, batch), k_mask = mask_of(s.k_mask, batch);
-  // Addresses are computed where they are used: sums over channels fill the registers.
-  const auto of = [batch, head](const Operand& view) { return head_of<const T>(view, batch, head); };
-  const auto statistics = [&](int at, bool there) {
-    return there ? job.statistics[int64_t{group} * (s.n + s.m) + at] : SoftmaxStatistics{0.0f, kNothing};
+  // Places and addresses are computed where they are used: sums over channels fill the registers.
+  const auto group = [&] { return block_index() / s.splits; };
+  const auto into = [&](const Operand& view) {
+    const int at = group();
+    return head_of<T>(view, at / s.heads, at % s.heads);
   };
+  const auto of = [&](const Operand& view) {
+    const int at = group();
+    return head_of<const T>(view, at / s.heads, at % s.heads);
+  };
+  const auto mask = [&](const MaskView& view) { return mask_of(view, group() / s.heads); };
+  const auto statistics = [&](int at, bool there) {
+    return there ? job.statistics[int64_t{group()} * (s.n + s.m) + at] : SoftmaxStatistics{0.0f, kNothing};
+  };
+  const int begin = block_index() % s.splits * s.split_tokens;
+  const int end = s.n - begin < s.split_tokens ? s.n : begin + s.split_tokens;
 
   T* next = reinterpret_cast<T*>(shared);
   const auto take = [&next](int elements) {
@@ -68,29 +75,30 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
 
   const auto fetch = [&](int first, int stage) {
     const int count = end - first < tokens ? end - first : tokens;
-    const int at = stage * Dense::elements;
-    load_tile<D>(Dense::matrix(q_tiles + at), of(job.q), tokens, first, count, q_mask, thread, threads);
-    load_tile<D>(Dense::matrix(v_tiles + at), of(job.v_q), tokens, first, count, q_mask, thread, threads);
-    load_tile<D>(Dense::matrix(grad_tiles + at), of(job.grad_out_q), tokens, first, count, q_mask, thread, threads);
+    const auto fetch_tile = [&](T* tiles, const Operand& view) {
+      const auto tile = Dense::matrix(tiles + stage * Dense::elements);
+      load_tile<D>(tile, of(view), tokens, first, count, mask(s.q_mask), thread, threads);
+    };
+    fetch_tile(q_tiles, job.q);
+    fetch_tile(v_tiles, job.v_q);
+    fetch_tile(grad_tiles, job.grad_out_q);
   };
 
   // A softmax over one class token is constant: its gradient is exactly zero, and what rounding leaves of it must not
   // stand beside the gradients of the other direction, which are as small as 1 / N.
-  int live = 0;
-#pragma unroll 1
-  for (int j = 0; j < s.m; ++j) live += k_mask(j) ? 1 : 0;
-  const float row_part = live == 1 ? 0.0f : 1.0f;
-  const float gradient_gain = live == 1 ? job.column_gain : 1.0f;
-  const float gradient_factor = live == 1 ? s.scale * job.column_gain_inverse : s.scale;
+  const bool single = taking_part(mask(s.k_mask), s.m) == 1;
+
+  const auto gradient_factor = [&] { return single ? s.scale * job.column_gain_inverse : s.scale; };
 
   int block = 0;
   do {
     const int count = s.m - block < Shape::class_tokens ? s.m - block : Shape::class_tokens;
-    load_tile<D>(k, of(job.k), Shape::class_tokens, block, count, k_mask, thread, threads);
-    load_tile<D>(v_k, of(job.v_k), Shape::class_tokens, block, count, k_mask, thread,
-                 threads);
-    load_tile<D>(grad_k, of(job.grad_out_k), Shape::class_tokens, block, count, k_mask,
-                 thread, threads);
+    const auto fetch_class = [&](const Matrix<T, true>& to, const Operand& view) {
+      load_tile<D>(to, of(view), Shape::class_tokens, block, count, mask(s.k_mask), thread, threads);
+    };
+    fetch_class(k, job.k);
+    fetch_class(v_k, job.v_k);
+    fetch_class(grad_k, job.grad_out_k);
     for (int i = thread; i < Shape::class_tokens; i += threads)
       class_terms[i].set(statistics(s.n + block + i, i < count));
     copy_wait();
@@ -124,10 +132,10 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
         }
         sync_warp();
         float sum_q[D / 8][4] = {}, sum_vq[D / 8][4] = {};
-        float* const kept = job.kept + kept_offset(s, group, first + own, Shape::kept);
+        const auto kept = [&] { return job.kept + kept_offset(s, group(), first + own, Shape::kept); };
         if (block > 0) {
-          recall(kept, sum_q);
-          recall(kept + 16 * D, sum_vq);
+          recall(kept(), sum_q);
+          recall(kept() + 16 * D, sum_vq);
         }
 #pragma unroll 1
         for (int j = 0; j < count; j += 16) {
@@ -150,19 +158,18 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
             multiply(column_grad[1], a, b[1]);
           }
           float row_weight[2][4], column_weight[2][4];
-          const SoftmaxTerms rows[2] = {token_terms[own + accumulator_row(0)], token_terms[own + accumulator_row(2)]};
 #pragma unroll
           for (int p = 0; p < 2; ++p) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const SoftmaxTerms &row = rows[i >> 1], column = class_terms[j + 8 * p + accumulator_column(i)];
+              const SoftmaxTerms row = token_terms[own + accumulator_row(i)];
+              const SoftmaxTerms column = class_terms[j + 8 * p + accumulator_column(i)];
               const float x = row.takes_part() && column.takes_part() ? score[p].value(i) * s.scale : kNothing;
               row_weight[p][i] = row.weight(x);
               column_weight[p][i] = column.weight(x);
-              row_grad[p][i] =
-                  gradient_gain *
-                  (row_part * softmax_gradient(row_weight[p][i], row_grad[p][i], row.mean) +
-                   softmax_gradient(column_weight[p][i], column_grad[p][i], column.mean));
+              const float of_row = softmax_gradient(row_weight[p][i], row_grad[p][i], row.mean);
+              const float of_column = softmax_gradient(column_weight[p][i], column_grad[p][i], column.mean);
+              row_grad[p][i] = single ? job.column_gain * of_column : of_row + of_column;
               column_weight[p][i] *= job.column_gain;
             }
           }
@@ -179,18 +186,18 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
         }
 
         if (block + Shape::class_tokens < s.m) {
-          keep(kept, sum_q);
-          keep(kept + 16 * D, sum_vq);
+          keep(kept(), sum_q);
+          keep(kept() + 16 * D, sum_vq);
         } else {  // the warp's rows of v_q have served: its results pass through them
           const auto put = [&](const float(&sum)[D / 8][4], float factor, const Operand& view) {
             const float factors[2] = {factor, factor};
             sync_warp();
             put_rows(v_tile, own, sum, factors);
             sync_warp();
-            store_rows<D>(v_tile, own, head_of<T>(view, batch, head), first + own, here);
+            store_rows<D>(v_tile, own, into(view), first + own, here);
           };
           put(sum_vq, job.column_gain_inverse, job.grad_v_q);
-          put(sum_q, gradient_factor, job.grad_q);
+          put(sum_q, gradient_factor(), job.grad_q);
         }
       }
       sync_block();  // P_row and dS of all tokens are there
@@ -225,7 +232,7 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
       }
     }
 
-    float* const out = job.partial + (int64_t{group} * s.splits + split) * backward_partial(s);
+    float* const out = job.partial + int64_t{block_index()} * backward_partial(s);
 #pragma unroll
     for (int r = 0; r < Shape::rows; ++r) {
 #pragma unroll
@@ -236,7 +243,7 @@ BTI_FAST_DEVICE void backward_sweep(const CrossBackward& job, unsigned char* sha
           const int channel = 16 * (warp / Shape::row_warps + c / 2 * Shape::channel_warps) + c % 2 * 8 +
                               accumulator_column(i);
           if (j >= count) continue;
-          if (channel < s.d) out[(block + j) * s.d + channel] = sum_k[r][c][i] * gradient_factor;
+          if (channel < s.d) out[(block + j) * s.d + channel] = sum_k[r][c][i] * gradient_factor();
           if (channel < s.e) out[s.m * s.d + (block + j) * s.e + channel] = sum_v[r][c][i];
         }
       }

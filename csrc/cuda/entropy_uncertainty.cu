@@ -17,6 +17,9 @@ namespace bti_fast {
 namespace {
 
 constexpr int kThreads = 256;
+// Classes whose loads are under way at a time; with more of them some target spills registers.
+template <typename T, int N>
+constexpr int kClassesAhead = sizeof(T) == 8 ? 1 : N == 8 ? 2 : 4;
 
 struct EntropyArgs {
   const void* logits;   // (B, K, *spatial)
@@ -57,7 +60,7 @@ __device__ __forceinline__ void read_softmax(const T* a, Index classes, Index cl
   load(a, x);
 #pragma unroll
   for (int i = 0; i < N; ++i) soft[i].start(x[i]);
-#pragma unroll 4
+#pragma unroll(kClassesAhead<T, N>)
   for (Index k = 1; k < classes; ++k) {
     load(a + k * class_stride, x);
 #pragma unroll
@@ -124,7 +127,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const EntropyArgs ar
       const Index classes = static_cast<Index>(args.classes), class_stride = static_cast<Index>(args.class_stride);
       Online<S> soft[N];
       read_softmax<N>(a, classes, class_stride, soft);
-#pragma unroll 4
+#pragma unroll(kClassesAhead<T, N>)
       for (Index k = 0; k < classes; ++k) {
         load(a + k * class_stride, x);
 #pragma unroll

@@ -40,6 +40,12 @@ struct TokenMask {
 BTI_FAST_DEVICE TokenMask mask_of(const MaskView& mask, int64_t batch) {
   return {mask.data == nullptr ? nullptr : mask.data + batch * mask.batch, mask.token};
 }
+BTI_FAST_DEVICE int taking_part(const TokenMask& mask, int tokens) {
+  int count = 0;
+#pragma unroll 1
+  for (int i = 0; i < tokens; ++i) count += mask(i) ? 1 : 0;
+  return count;
+}
 
 template <int Bytes, typename T, bool RowMajor>
 BTI_FAST_DEVICE void load_vectors(const Matrix<T, RowMajor>& tile, const Head<const T>& from, int rows, int columns,

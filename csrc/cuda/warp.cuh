@@ -14,7 +14,12 @@ using Half = __half;
 using BFloat16 = __nv_bfloat16;
 
 BTI_FAST_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-BTI_FAST_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+// Read anew by every call, so that the compiler does not keep in registers what follows from it.
+BTI_FAST_DEVICE int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
 BTI_FAST_DEVICE void sync_block() { __syncthreads(); }
 BTI_FAST_DEVICE void sync_warp() { __syncwarp(); }
 BTI_FAST_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

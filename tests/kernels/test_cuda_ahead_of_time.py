@@ -1,6 +1,7 @@
-"""The CUDA kernels of cross_attention compiled for real chips, without one: no spills, tensor cores, memory.
+"""The CUDA kernels compiled for real chips, without one: no spills, tensor cores, memory.
 
-64 channels for one target a dtype; `make kernel-report` compiles everything for all targets.
+cross_attention with 64 and 128 channels for one target a dtype; `make kernel-report` compiles everything for
+all targets.
 """
 
 import pytest
@@ -19,11 +20,11 @@ pytestmark = [
     ("dtype", "target"), (("bfloat16", "sm_90"), ("float16", "sm_80"), ("float32", "sm_80")), ids=str
 )
 def test_no_spills_and_tensor_cores(dtype, target):
-    made = cuda_report.kernels(dtype, target, channels=(64,))
+    made = cuda_report.kernels(dtype, target, channels=(64, 128))
     assert {kernel.sweep for kernel in made} == {"forward", "backward", "forward combine", "backward combine"}
     sweeps = [kernel for kernel in made if kernel.class_tokens]
-    # Two orders of the dense side; variants by class tokens, of which float32 has one at 64 channels.
-    assert len(sweeps) == (4 if dtype == "float32" else 2 * (2 + 3))
+    # Two orders of the dense side; variants by class tokens, of which all but 16-bit at 64 channels has one.
+    assert len(sweeps) == 4 + (4 if dtype == "float32" else 2 * (2 + 3))
     assert all(kernel.spills == 0 and 0 < kernel.registers <= 255 for kernel in made)
     limit = kernel_compile.SHARED_LIMIT[target]
     fits = [kernel for kernel in sweeps if kernel.shared <= limit]
@@ -34,6 +35,14 @@ def test_no_spills_and_tensor_cores(dtype, target):
         }
     else:
         assert fits == sweeps
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_no_spills_in_entropy_uncertainty(target):
+    usage, _ = cuda_report.compiled("entropy_uncertainty.cu", target)
+    # Forward and backward, one class or more, dtypes, packs of one and more, 64-bit indices.
+    assert len(usage) == 2 * 2 * 4 * 3
+    assert {name: found for name, found in usage.items() if found[1]} == {}
 
 
 def test_names_of_kernels_are_understood():
