@@ -48,7 +48,8 @@ CrossShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v_q, const T
 template <typename Job, typename Kernel>
 void sweep(const Job& job, const Kernel& kernel) {
   const CrossShape& s = job.shape;
-  const int64_t products = std::max<int64_t>(1, s.split_tokens * padded(s.m) * (s.d + 2 * s.e));
+  const int64_t columns = s.m <= kFewColumns ? 2 * s.m : padded(s.m);  // few: as much loading as multiplying
+  const int64_t products = std::max<int64_t>(1, s.split_tokens * columns * (s.d + 2 * s.e));
   const std::size_t bytes = static_cast<std::size_t>(cross_scratch(s)) * sizeof(float);
   torch::stable::parallel_for(0, s.batch * s.heads * s.splits, std::max<int64_t>(1, kProductsPerTask / products),
                               [&](int64_t begin, int64_t end) {

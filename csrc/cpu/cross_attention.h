@@ -45,6 +45,9 @@ inline bool is_plain(const SoftmaxStatistics& of, float high) {
   return log_sum_exp(of) >= kPlainLow && log_sum_exp(of) <= high;
 }
 
+// Up to so many class tokens, the lanes of a vector are dense tokens.
+constexpr int64_t kFewColumns = 4;
+
 inline int64_t padded(int64_t count) { return (count + 31) / 32 * 32; }
 
 // Floats per split: peak, sum and weighted values of every column; gradients of k and v_k.
@@ -54,7 +57,7 @@ inline int64_t backward_partial(const CrossShape& s) { return s.m * (s.d + s.e);
 // Floats of scratch that one thread needs: tiles of tokens and of scores, packed class side, sums over tokens.
 inline int64_t cross_scratch(const CrossShape& s) {
   const int64_t width = padded(s.m) + kPadding, channels = padded(s.d) + padded(s.e);
-  return kTileTokens * (3 * width + 3 * channels + 8 * kPadding) + padded(s.m) * 4 * channels + 2 * channels * width +
+  return kTileTokens * (3 * width + 3 * channels + 8 * kPadding) + padded(s.m) * 6 * channels + 2 * channels * width +
          8 * width + 8 * kTileTokens + 1024;
 }
 

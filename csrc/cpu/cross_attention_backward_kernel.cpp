@@ -72,18 +72,21 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
   s.column_log = arena.take(s.width);
   s.sum_k = arena.take(d * s.width);
   s.sum_v = arena.take(e * s.width);
-  for (int64_t j = 0; j < d * s.width; ++j) s.sum_k[j] = 0.0f;
-  for (int64_t j = 0; j < e * s.width; ++j) s.sum_v[j] = 0.0f;
-
   const SoftmaxStatistics* row_statistics = job.statistics + index * (shape.n + m);
   const SoftmaxStatistics* column_statistics = row_statistics + shape.n;
   s.plain = plain_columns(s.columns, column_statistics) &&
             plain_rows(shape.q_mask, batch, first, end, row_statistics);
-  float* rows = arena.take(count * (d > e ? d : e));
-  pack_class_side<T>(job, s, batch, head, column_statistics, rows, arena.take(count * e));
+  s.few = s.plain && count <= kFewColumns;
+  const int64_t width = s.few ? count : s.width, channel = s.few ? 1 : width, column_k = s.few ? d : 1,
+                column_v = s.few ? e : 1;  // of the sums, and their distances
+  for (int64_t j = 0; j < d * width; ++j) s.sum_k[j] = 0.0f;
+  for (int64_t j = 0; j < e * width; ++j) s.sum_v[j] = 0.0f;
+  s.k_rows = arena.take(count * d);
+  s.v_rows = arena.take(count * e);
+  s.grad_rows = arena.take(count * e);
+  pack_class_side<T>(job, s, batch, head, column_statistics, arena.take(count * e));
 
-  float ones[kTileTokens];
-  for (float& one : ones) one = 1.0f;
+  const float one = 1.0f;
   for (int64_t begin = first; begin < end; begin += kTileTokens) {
     const TileTokens tokens = tile_tokens(shape.q_mask, batch, begin, end);
     if (tokens.count == 0) continue;
@@ -95,6 +98,12 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
     prefetch_tile(v_q, job.v_q, begin + kTileTokens, end, e);
     prefetch_tile(out_q, job.out_q, begin + kTileTokens, end, e);
     prefetch_tile(grad_out_q, job.grad_out_q, begin + kTileTokens, end, e);
+    if (s.few) {
+      few_gradient(s, shape.scale, tokens, row_statistics);
+      mix_into(s.other, s.grad_rows, count, e, tokens, grad_v_q, job.grad_v_q, s.out);
+      mix_into(s.scores, s.k_rows, count, d, tokens, grad_q, job.grad_q, s.out);
+      continue;
+    }
     row_factors(s, tokens, row_statistics);
     if (s.plain) {
       plain_gradient(s, shape.scale, tokens.rows());
@@ -105,52 +114,21 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
                            e, s.vectors);
     add_transposed_product(s.q_tile.data, s.q_tile.row, plain(s.gradient, s.width), tokens.count, s.sum_k, s.width, d,
                            s.vectors);
-    product(s.scores, s.width, packed(s.grad_panels, count), count, 1.0f, s.out, v_row, tokens.rows(), e / kLanes);
-    store_tile(s.out, v_row, tokens, ones, e, grad_v_q, job.grad_v_q);
-    product(s.gradient, s.width, packed(s.k, count), count, shape.scale, s.out, q_row, tokens.rows(), d / kLanes);
-    store_tile(s.out, q_row, tokens, ones, d, grad_q, job.grad_q);
+    product(s.scores, s.width, packed(s.grad_panels, count), count, {&one, 0}, s.out, v_row, tokens.rows(), e / kLanes);
+    store_tile(s.out, v_row, tokens, e, grad_v_q, job.grad_v_q);
+    product(s.gradient, s.width, packed(s.k, count), count, {&shape.scale, 0}, s.out, q_row, tokens.rows(), d / kLanes);
+    store_tile(s.out, q_row, tokens, d, grad_q, job.grad_q);
   }
   float* part = job.partial + task * backward_partial(shape);
   for (int64_t c = 0; c < d; ++c)
-    for (int64_t j = 0; j < count; ++j) part[c * m + j] = s.sum_k[c * s.width + j];
+    for (int64_t j = 0; j < count; ++j) part[c * m + j] = s.sum_k[c * channel + j * column_k];
   for (int64_t c = 0; c < e; ++c)
-    for (int64_t j = 0; j < count; ++j) part[(d + c) * m + j] = s.sum_v[c * s.width + j];
+    for (int64_t j = 0; j < count; ++j) part[(d + c) * m + j] = s.sum_v[c * channel + j * column_v];
 }
 
 template <typename T>
 void backward_tasks(const CrossBackward& job, int64_t begin, int64_t end, float* scratch) {
   for (int64_t task = begin; task < end; ++task) backward_split<T>(job, task, scratch);
-}
-
-// grad_k and grad_v_k of one head: the sums of its splits, added in their order.
-template <typename T>
-void combine_head(const CrossBackward& job, int64_t index) {
-  const CrossShape& shape = job.shape;
-  const int64_t batch = index / shape.heads, head = index % shape.heads, m = shape.m, part = backward_partial(shape);
-  T* grad_k = at<T>(job.grad_k, batch, head);
-  T* grad_v = at<T>(job.grad_v_k, batch, head);
-  for (int64_t j = 0; j < m; ++j) {
-    for (int64_t c = 0; c < shape.d; ++c) narrow(0.0f, grad_k + j * job.grad_k.token + c * job.grad_k.channel);
-    for (int64_t c = 0; c < shape.e; ++c) narrow(0.0f, grad_v + j * job.grad_v_k.token + c * job.grad_v_k.channel);
-  }
-  const Columns columns = columns_of(shape, batch);
-  float* sum = job.partial + index * shape.splits * part;
-  for (int64_t s = 1; s < shape.splits; ++s) {
-    const float* from = sum + s * part;
-    for (int64_t c = 0; c < shape.d + shape.e; ++c)
-      for (int64_t j = 0; j < columns.count; ++j) sum[c * m + j] += from[c * m + j];
-  }
-  for (int64_t j = 0; j < columns.count; ++j) {
-    T* to_k = grad_k + columns.index[j] * job.grad_k.token;
-    T* to_v = grad_v + columns.index[j] * job.grad_v_k.token;
-    for (int64_t c = 0; c < shape.d; ++c) narrow(sum[c * m + j] * shape.scale, to_k + c * job.grad_k.channel);
-    for (int64_t c = 0; c < shape.e; ++c) narrow(sum[(shape.d + c) * m + j], to_v + c * job.grad_v_k.channel);
-  }
-}
-
-template <typename T>
-void combine_heads(const CrossBackward& job, int64_t begin, int64_t end) {
-  for (int64_t index = begin; index < end; ++index) combine_head<T>(job, index);
 }
 
 }  // namespace
@@ -160,14 +138,6 @@ void cross_backward(const CrossBackward& job, int64_t begin, int64_t end, float*
     case Dtype::float16: return backward_tasks<Half>(job, begin, end, scratch);
     case Dtype::bfloat16: return backward_tasks<BFloat16>(job, begin, end, scratch);
     default: return backward_tasks<float>(job, begin, end, scratch);
-  }
-}
-
-void cross_backward_combine(const CrossBackward& job, int64_t begin, int64_t end) {
-  switch (job.shape.dtype) {
-    case Dtype::float16: return combine_heads<Half>(job, begin, end);
-    case Dtype::bfloat16: return combine_heads<BFloat16>(job, begin, end);
-    default: return combine_heads<float>(job, begin, end);
   }
 }
 

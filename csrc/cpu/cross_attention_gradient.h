@@ -6,7 +6,7 @@
 // Other splits ("wide") form both P.
 #pragma once
 
-#include "cpu/cross_attention_tile.h"
+#include "cpu/cross_attention_few.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {
@@ -14,15 +14,16 @@ namespace BTI_FAST_ISA {
 struct Sweep {
   int64_t d, e, width, vectors;
   Columns columns;
-  bool plain;
-  float *scores, *other, *gradient;        // E or P_col, P_row, dS [tokens, width]
+  bool plain, few;                         // few: plain, and of few columns
+  float *scores, *other, *gradient;        // E or P_col, P_row, dS [tokens, width], or [columns, tokens] where few
   float *q, *v, *grad, *out;               // copies of tiles [tokens, d or e + kPadding]
   Tile q_tile, v_tile, out_tile;
-  float *k_transposed, *k, *v_transposed;  // panels
-  float *grad_transposed, *grad_panels;    // panels of dO_k, times b in plain splits
+  float *k_rows, *v_rows, *grad_rows;      // of the class side; dO_k times b in plain splits
+  float *k_transposed, *k, *v_transposed;  // panels of them
+  float *grad_transposed, *grad_panels;
   float *column_mean;                      // mean_col, times b in plain splits
   float *column_peak, *column_log;         // wide splits: P_col = e^(s - peak - log)
-  float *sum_k, *sum_v;                    // dk / scale [d, width] and dv_k [e, width]
+  float *sum_k, *sum_v;                    // dk / scale [d, width] and dv_k [e, width], or their transposes where few
   float row_mean[kTileTokens], row_peak[kTileTokens], row_log[kTileTokens];
 };
 
@@ -103,7 +104,8 @@ __attribute__((noinline)) inline void plain_gradient(const Sweep& s, float scale
 }
 
 __attribute__((noinline)) inline void wide_gradient(const Sweep& s, float scale, int rows) {
-  product(s.q_tile.data, s.q_tile.row, packed(s.k_transposed, s.d), s.d, scale, s.scores, s.width, rows, s.vectors);
+  product(s.q_tile.data, s.q_tile.row, packed(s.k_transposed, s.d), s.d, {&scale, 0}, s.scores, s.width, rows,
+          s.vectors);
   for (int i = 0; i < rows; ++i) {
     float* x = s.scores + i * s.width;
     float* p = s.other + i * s.width;
@@ -144,18 +146,46 @@ BTI_FAST_INLINE void row_factors(Sweep& s, const TileTokens& tokens, const Softm
   }
 }
 
+// Where columns are few: dS [columns, tokens], times scale too in `scores`, and the sums that it and P_row belong to.
+// P_col / b is left in `other`.
+__attribute__((noinline)) inline void few_gradient(Sweep& s, float scale, const TileTokens& tokens,
+                                                   const SoftmaxStatistics* statistics) {
+  const int64_t count = s.columns.count, d = s.d, e = s.e;
+  const int rows = tokens.rows();
+  const Tile grad{s.grad, e + kPadding};
+  const bool alone = count == 1;  // a softmax over one token is constant: its gradient is exactly zero
+  float by_row[kTileTokens], by_column[kTileTokens];
+  for (int i = 0; i < tokens.count; ++i) s.row_log[i] = log_sum_exp(statistics[tokens.first + tokens.index[i]]);
+  if (!alone) dots(grad, s.out_tile, e, rows, s.row_mean);
+  for (int64_t j = 0; j < count; ++j) {
+    float *score = s.scores + j * kTileTokens, *weight = s.other + j * kTileTokens, *ds = s.gradient + j * kTileTokens;
+    dots(s.q_tile, {s.k_rows + j * d, 0}, d, rows, score);
+    dots(s.v_tile, {s.grad_rows + j * e, 0}, e, rows, by_column);
+    if (!alone) dots(grad, {s.v_rows + j * e, 0}, e, rows, by_row);
+    for (int i = 0; i < rows; i += kLanes) {
+      const VecI inside = lanes_before(tokens.count, i) > 0;
+      const VecF y = inside ? exp2_bounded(load_dense(score + i) * (scale * kLog2E)) : VecF{};
+      const VecF a = exp2_bounded(load_dense(s.row_log + i) * -kLog2E);
+      VecF sum = load_dense(by_column + i) - s.column_mean[j];
+      if (!alone) sum += a * (load_dense(by_row + i) - load_dense(s.row_mean + i));
+      const VecF gradient = inside ? y * sum : VecF{};
+      store_dense(inside ? y * a : VecF{}, by_column + i);
+      store_dense(y, weight + i);
+      store_dense(gradient, ds + i);
+      store_dense(gradient * scale, score + i);
+    }
+    add_weighted(by_column, grad, e, rows, s.sum_v + j * e);
+    add_weighted(ds, s.q_tile, d, rows, s.sum_k + j * d);
+  }
+}
+
 template <typename T>
 void pack_class_side(const CrossBackward& job, Sweep& s, int64_t batch, int64_t head,
-                     const SoftmaxStatistics* statistics, float* rows, float* outs) {
+                     const SoftmaxStatistics* statistics, float* outs) {
   const int64_t count = s.columns.count, d = s.d, e = s.e;
-  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, 1.0f, rows);
-  pack_transposed(rows, count, d, s.k_transposed);
-  pack(rows, count, d, s.k);
-  gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, 1.0f, rows);
-  pack_transposed(rows, count, e, s.v_transposed);
-  if (count == 1)  // a softmax over one token is constant: its gradient is exactly zero
-    for (int64_t c = 0; c < e * kPanel; ++c) s.v_transposed[c] = 0.0f;
-  gather(at<const T>(job.grad_out_k, batch, head), job.grad_out_k, s.columns, e, 1.0f, rows);
+  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, 1.0f, s.k_rows);
+  gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, 1.0f, s.v_rows);
+  gather(at<const T>(job.grad_out_k, batch, head), job.grad_out_k, s.columns, e, 1.0f, s.grad_rows);
   gather(at<const T>(job.out_k, batch, head), job.out_k, s.columns, e, 1.0f, outs);
   for (int64_t j = 0; j < s.vectors * kLanes; ++j) s.column_mean[j] = s.column_peak[j] = s.column_log[j] = 0.0f;
   for (int64_t j = 0; j < count; ++j) {
@@ -165,13 +195,19 @@ void pack_class_side(const CrossBackward& job, Sweep& s, int64_t batch, int64_t 
     const float b = s.plain ? exp_exact(-log_sum_exp(own)) : 1.0f;
     float mean = 0.0f;
     for (int64_t c = 0; c < e; ++c) {
-      rows[j * e + c] *= b;
-      mean += rows[j * e + c] * outs[j * e + c];
+      s.grad_rows[j * e + c] *= b;
+      mean += s.grad_rows[j * e + c] * outs[j * e + c];
     }
     s.column_mean[j] = mean;
   }
-  pack_transposed(rows, count, e, s.grad_transposed);
-  pack(rows, count, e, s.grad_panels);
+  if (s.few) return;
+  pack_transposed(s.k_rows, count, d, s.k_transposed);
+  pack(s.k_rows, count, d, s.k);
+  pack_transposed(s.v_rows, count, e, s.v_transposed);
+  if (count == 1)  // a softmax over one token is constant: its gradient is exactly zero
+    for (int64_t c = 0; c < e * kPanel; ++c) s.v_transposed[c] = 0.0f;
+  pack_transposed(s.grad_rows, count, e, s.grad_transposed);
+  pack(s.grad_rows, count, e, s.grad_panels);
 }
 
 }  // namespace BTI_FAST_ISA

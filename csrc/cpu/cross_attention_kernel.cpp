@@ -1,10 +1,11 @@
 // Forward sweep of cross_attention over one split of the dense tokens, tile by tile of S (tokens x class tokens).
 //
-// Ordinary logits ("plain" tiles): E = e^s, as 2^(s log2 e), serves both softmaxes, relative to a peak of 0. A tile is plain when the sum
-// of each of its rows and columns lies in 2^-58..2^58: then no term that matters was lost to the ends of the exponent.
+// Ordinary logits ("plain" tiles): E = e^s, as 2^(s log2 e), serves both softmaxes, relative to a peak of 0. A tile is
+// plain when the sum of each of its rows and columns lies in 2^-58..2^58: then no term that matters was lost to the ends
+// of the exponent.
 // Other tiles ("wide"): each row has its own peak, each column a running one. Once a split has met a wide tile it
 // expects more, so the plain attempt is dropped. The choice depends on the numbers alone, never on threads.
-#include "cpu/cross_attention_tile.h"
+#include "cpu/cross_attention_few.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {
@@ -14,11 +15,13 @@ namespace {
 constexpr float kPlainSumLow = 0x1p-58f, kPlainSumHigh = 0x1p58f;
 constexpr float kVanishing = -1e30f;
 
-// Of every column: sum of weights and weighted values [e, columns]; wide ones also the running peak.
+// Of every column: sum of weights and weighted values [e, columns], or [columns, e] where columns are few; wide ones
+// also the running peak.
 struct ColumnSums {
   float* peak;
   float* sum;
   float* values;
+  int64_t channel, column;  // distances in values
   bool used;
 };
 
@@ -26,19 +29,20 @@ struct Sweep {
   int64_t e, width, vectors;
   Columns columns;
   VecF inside;  // of the last vector of columns: 1 where there is one, 0 beyond
-  float *scores, *other, *q, *v, *out, *k_panels, *v_panels;
+  float *scores, *other, *q, *v, *out, *k_rows, *v_rows, *k_panels, *v_panels;
   float *tile_sum, *column_low, *row_parts;  // row_parts: sums of every row, a vector each
   float row_low[kTileTokens], row_sum[kTileTokens], row_shift[kTileTokens], row_inverse[kTileTokens];
   ColumnSums plain, wide;
 };
 
-BTI_FAST_INLINE ColumnSums column_sums(Arena& arena, int64_t e, int64_t width) {
-  return {arena.take(width), arena.take(width), arena.take(e * width), false};
+BTI_FAST_INLINE ColumnSums column_sums(Arena& arena, int64_t e, int64_t width, bool few) {
+  return {arena.take(width), arena.take(width), arena.take(e * width), few ? 1 : width, few ? e : 1, false};
 }
 
 BTI_FAST_INLINE void begin(ColumnSums& sums, int64_t e, int64_t width) {
   if (sums.used) return;
   sums.used = true;
+  if (sums.channel == 1) width = kFewColumns;
   for (int64_t j = 0; j < width; ++j) sums.peak[j] = kNothing;
   for (int64_t j = 0; j < width; ++j) sums.sum[j] = 0.0f;
   for (int64_t j = 0; j < e * width; ++j) sums.values[j] = 0.0f;
@@ -96,6 +100,38 @@ __attribute__((noinline)) bool plain_tile(Sweep& s, const Tile& q, int64_t d, fl
   begin(s.plain, s.e, s.width);
   for (int64_t v = 0; v < s.vectors * kLanes; v += kLanes)
     store_dense(load_dense(s.plain.sum + v) + load_dense(s.tile_sum + v), s.plain.sum + v);
+  for (int i = 0; i < kTileTokens; ++i) s.row_shift[i] = 0.0f;
+  return true;
+}
+
+// Of few columns: their exponentials [columns, kTileTokens], the lanes being tokens.
+__attribute__((noinline)) bool few_tile(Sweep& s, const Tile& q, int64_t d, float scale, int count, int rows) {
+  const float factor = scale * kLog2E;
+  VecF columns[kFewColumns]{};
+  VecI fits = VecF{} == VecF{};
+  for (int64_t j = 0; j < s.columns.count; ++j) dots(q, {s.k_rows + j * d, 0}, d, rows, s.scores + j * kTileTokens);
+  for (int i = 0; i < count; i += kLanes) {
+    const VecI inside = lanes_before(count, i) > 0;
+    VecF row{};
+    for (int64_t j = 0; j < s.columns.count; ++j) {
+      float* p = s.scores + j * kTileTokens + i;
+      const VecF y = inside ? exp2_bounded(load_dense(p) * factor) : VecF{};
+      store_dense(y, p);
+      row += y;
+      columns[j] += y;
+    }
+    store_dense(row, s.row_sum + i);
+    fits &= ((row >= kPlainSumLow) & (row <= kPlainSumHigh)) | ~inside;
+  }
+  bool all = true;
+  for (int lane = 0; lane < kLanes; ++lane) all &= fits[lane] != 0;
+  for (int64_t j = 0; j < s.columns.count; ++j) {
+    s.tile_sum[j] = lane_sum(columns[j]);
+    all &= s.tile_sum[j] >= kPlainSumLow && s.tile_sum[j] <= kPlainSumHigh;
+  }
+  if (!all) return false;
+  begin(s.plain, s.e, s.width);
+  for (int64_t j = 0; j < s.columns.count; ++j) s.plain.sum[j] += s.tile_sum[j];
   for (int i = 0; i < kTileTokens; ++i) s.row_shift[i] = 0.0f;
   return true;
 }
@@ -166,7 +202,7 @@ void store_part(const Sweep& s, int64_t m, float* part) {
       if (!sums.used) return;
       const float w = softmax_weight(own, total, [](float x) { return exp_exact(x); });
       sum[j] += w * sums.sum[j];
-      for (int64_t c = 0; c < s.e; ++c) values[c * m + j] += w * sums.values[c * s.width + j];
+      for (int64_t c = 0; c < s.e; ++c) values[c * m + j] += w * sums.values[c * sums.channel + j * sums.column];
     };
     peak[j] = total;
     sum[j] = 0.0f;
@@ -209,14 +245,18 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
   s.out = arena.take(kTileTokens * v_row);
   s.k_panels = arena.take(padded(shape.m) * d);
   s.v_panels = arena.take(padded(shape.m) * padded(e));
-  s.plain = column_sums(arena, e, s.width);
-  s.wide = column_sums(arena, e, s.width);
-
-  float* rows = arena.take(count * (d > e ? d : e));
-  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, 1.0f, rows);
-  pack_transposed(rows, count, d, s.k_panels);
-  gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, 1.0f, rows);
-  pack(rows, count, e, s.v_panels);
+  const bool few = count <= kFewColumns;
+  s.plain = column_sums(arena, e, s.width, few);
+  s.wide = column_sums(arena, e, s.width, false);
+  s.k_rows = arena.take(count * d);
+  s.v_rows = arena.take(count * e);
+  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, 1.0f, s.k_rows);
+  gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, 1.0f, s.v_rows);
+  const auto pack_panels = [&] {
+    pack_transposed(s.k_rows, count, d, s.k_panels);
+    pack(s.v_rows, count, e, s.v_panels);
+  };
+  if (!few) pack_panels();
 
   for (int64_t first_token = first; first_token < end; first_token += kTileTokens) {
     const TileTokens tokens = tile_tokens(shape.q_mask, batch, first_token, end);
@@ -224,19 +264,32 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
     const Tile q_tile = tile_of(q, job.q, tokens, d, s.q), v_tile = tile_of(v_q, job.v_q, tokens, e, s.v);
     prefetch_tile(q, job.q, first_token + kTileTokens, end, d);
     prefetch_tile(v_q, job.v_q, first_token + kTileTokens, end, e);
-    if (s.wide.used || !plain_tile(s, q_tile, d, shape.scale, tokens.count, tokens.rows())) {
+    if (few && !s.wide.used && few_tile(s, q_tile, d, shape.scale, tokens.count, tokens.rows())) {
+      for (int64_t j = 0; j < count; ++j)
+        add_weighted(s.scores + j * kTileTokens, v_tile, e, tokens.rows(), s.plain.values + j * e);
+      finish_rows(s, tokens, statistics);
+      for (int64_t j = 0; j < count; ++j)
+        for (int i = 0; i < tokens.count; i += kLanes) {
+          float* p = s.scores + j * kTileTokens + i;
+          store_dense(load_dense(p) * load_dense(s.row_inverse + i), p);
+        }
+      mix_into(s.scores, s.v_rows, count, e, tokens, out_q, job.out_q, s.out);
+      continue;
+    }
+    if (few && !s.wide.used) pack_panels();
+    if (few || s.wide.used || !plain_tile(s, q_tile, d, shape.scale, tokens.count, tokens.rows())) {
       begin(s.wide, e, s.width);
-      product(q_tile.data, q_tile.row, packed(s.k_panels, d), d, shape.scale, s.scores, s.width, tokens.rows(),
+      product(q_tile.data, q_tile.row, packed(s.k_panels, d), d, {&shape.scale, 0}, s.scores, s.width, tokens.rows(),
               s.vectors);
       wide_tile(s, tokens.count);
     }
     const bool wide = s.wide.used;
     add_transposed_product(v_tile.data, v_tile.row, plain(s.scores, s.width), tokens.count,
                            (wide ? s.wide : s.plain).values, s.width, e, s.vectors);
-    product(wide ? s.other : s.scores, s.width, packed(s.v_panels, count), count, 1.0f, s.out, v_row, tokens.rows(),
-            e / kLanes);
     finish_rows(s, tokens, statistics);
-    store_tile(s.out, v_row, tokens, s.row_inverse, e, out_q, job.out_q);
+    product(wide ? s.other : s.scores, s.width, packed(s.v_panels, count), count, {s.row_inverse, 1}, s.out, v_row,
+            tokens.rows(), e / kLanes);
+    store_tile(s.out, v_row, tokens, e, out_q, job.out_q);
   }
   store_part(s, shape.m, job.partial + task * forward_partial(shape));
 }
@@ -268,50 +321,6 @@ void forward_tasks(const CrossForward& job, int64_t begin, int64_t end, float* s
   }
 }
 
-// out_k and the columns' statistics of one head from the parts of its splits, in their order.
-template <typename T>
-void combine_head(const CrossForward& job, int64_t index) {
-  const CrossShape& shape = job.shape;
-  const int64_t batch = index / shape.heads, head = index % shape.heads, m = shape.m, part = forward_partial(shape);
-  T* out = at<T>(job.out_k, batch, head);
-  SoftmaxStatistics* statistics = job.statistics + index * (shape.n + m) + shape.n;
-  for (int64_t j = 0; j < m; ++j) {
-    statistics[j] = {0.0f, kNothing};
-    for (int64_t c = 0; c < shape.e; ++c) narrow(0.0f, out + j * job.out_k.token + c * job.out_k.channel);
-  }
-  const Columns columns = columns_of(shape, batch);
-  float* parts = job.partial + index * shape.splits * part;
-  float total[256], sum[256], weight[256];
-  for (int64_t j = 0; j < columns.count; ++j) {
-    total[j] = kNothing;
-    for (int64_t s = 0; s < shape.splits; ++s) total[j] = softmax_peak(parts[s * part + j], total[j]);
-    sum[j] = 0.0f;
-  }
-  for (int64_t s = 0; s < shape.splits; ++s) {
-    const float* from = parts + s * part;
-    for (int64_t j = 0; j < columns.count; ++j) {
-      weight[j] = softmax_weight(from[j], total[j], [](float x) { return exp_exact(x); });
-      sum[j] += weight[j] * from[m + j];
-    }
-    for (int64_t c = 0; c < shape.e; ++c) {
-      float* into = parts + (2 + c) * m;
-      for (int64_t j = 0; j < columns.count; ++j)
-        into[j] = (s == 0 ? 0.0f : into[j]) + weight[j] * from[(2 + c) * m + j];
-    }
-  }
-  for (int64_t j = 0; j < columns.count; ++j) {
-    const float inverse = softmax_inverse(sum[j]);
-    statistics[columns.index[j]] = {softmax_shift(total[j]), log_positive(sum[j])};
-    T* to = out + columns.index[j] * job.out_k.token;
-    for (int64_t c = 0; c < shape.e; ++c) narrow(parts[(2 + c) * m + j] * inverse, to + c * job.out_k.channel);
-  }
-}
-
-template <typename T>
-void combine_heads(const CrossForward& job, int64_t begin, int64_t end) {
-  for (int64_t index = begin; index < end; ++index) combine_head<T>(job, index);
-}
-
 }  // namespace
 
 void cross_forward(const CrossForward& job, int64_t begin, int64_t end, float* scratch) {
@@ -319,14 +328,6 @@ void cross_forward(const CrossForward& job, int64_t begin, int64_t end, float* s
     case Dtype::float16: return forward_tasks<Half>(job, begin, end, scratch);
     case Dtype::bfloat16: return forward_tasks<BFloat16>(job, begin, end, scratch);
     default: return forward_tasks<float>(job, begin, end, scratch);
-  }
-}
-
-void cross_forward_combine(const CrossForward& job, int64_t begin, int64_t end) {
-  switch (job.shape.dtype) {
-    case Dtype::float16: return combine_heads<Half>(job, begin, end);
-    case Dtype::bfloat16: return combine_heads<BFloat16>(job, begin, end);
-    default: return combine_heads<float>(job, begin, end);
   }
 }
 

@@ -199,21 +199,15 @@ BTI_FAST_INLINE Tile tile_of(const T* from, const TokenView& view, const TileTok
   return {copy, channels + kPadding};
 }
 
-// The other way, token i times factor[i].
+// The other way.
 template <typename T>
-void store_tile(float* tile, int64_t row, const TileTokens& tokens, const float* factor, int64_t channels, T* to,
+void store_tile(const float* tile, int64_t row, const TileTokens& tokens, int64_t channels, T* to,
                 const TokenView& view) {
   to += tokens.first * view.token;
-  if (view.channel != 1) {
-    for (int i = 0; i < tokens.count; ++i) {
-      float* p = tile + i * row;
-      for (int64_t c = 0; c < channels; c += kLanes) store_dense(load_dense(p + c) * factor[i], p + c);
-    }
-  }
   if (view.channel == 1) {
     for (int i = 0; i < tokens.count; ++i) {
       T* p = to + tokens.index[i] * view.token;
-      for (int64_t c = 0; c < channels; c += kLanes) store_dense(load_dense(tile + i * row + c) * factor[i], p + c);
+      for (int64_t c = 0; c < channels; c += kLanes) store_dense(load_dense(tile + i * row + c), p + c);
     }
   } else if (view.token == 1 && tokens.whole) {
     int i = 0;

@@ -23,6 +23,12 @@ BTI_FAST_INLINE Panels packed(const float* data, int64_t depth) { return {data, 
 // A plain row-major matrix.
 BTI_FAST_INLINE Panels plain(const float* data, int64_t row) { return {data, kPanel, row}; }
 
+// Of every row of a result; 0 apart, they are one.
+struct Factors {
+  const float* data;
+  int64_t step;
+};
+
 // acc += A B for R rows and V vectors of columns. Transposed: A is held as [depth, rows].
 template <bool Transposed, int R, int V>
 BTI_FAST_INLINE void accumulate(VecF (&acc)[R][V], const float* a, int64_t a_row, const float* b, int64_t b_row,
@@ -71,7 +77,7 @@ struct ProductInto {
   int64_t a_row;
   Panels b;
   int64_t depth;
-  float factor;
+  Factors factor;  // not where it adds
   float* c;
   int64_t c_row;
 
@@ -88,20 +94,23 @@ struct ProductInto {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store_dense(Add ? acc[r][v] : acc[r][v] * factor, out + r * c_row + v * kLanes);
+      for (int v = 0; v < V; ++v) {
+        const VecF y = Add ? acc[r][v] : acc[r][v] * factor.data[(r0 + r) * factor.step];
+        store_dense(y, out + r * c_row + v * kLanes);
+      }
   }
 };
 
 // C [rows, vectors] = factor A B, A [rows, depth].
-inline __attribute__((noinline)) void product(const float* a, int64_t a_row, Panels b, int64_t depth, float factor, float* c,
-                                       int64_t c_row, int64_t rows, int64_t vectors) {
+inline __attribute__((noinline)) void product(const float* a, int64_t a_row, Panels b, int64_t depth, Factors factor,
+                                              float* c, int64_t c_row, int64_t rows, int64_t vectors) {
   for_blocks(rows, vectors, ProductInto<false, false>{a, a_row, b, depth, factor, c, c_row});
 }
 
 // C [rows, vectors] += A' B, A [depth, rows].
 inline __attribute__((noinline)) void add_transposed_product(const float* a, int64_t a_row, Panels b, int64_t depth, float* c,
                                                       int64_t c_row, int64_t rows, int64_t vectors) {
-  for_blocks(rows, vectors, ProductInto<true, true>{a, a_row, b, depth, 1.0f, c, c_row});
+  for_blocks(rows, vectors, ProductInto<true, true>{a, a_row, b, depth, {}, c, c_row});
 }
 
 }  // namespace BTI_FAST_ISA

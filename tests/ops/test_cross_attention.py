@@ -53,7 +53,7 @@ def isa(request):
     NATIVE.force_isa("auto")
 
 
-# Several splits of the dense tokens, a last tile that is not full, every head dimension, odd M.
+# Several splits of the dense tokens, a last tile that is not full, every head dimension, odd M, small M.
 SIZES = (
     (2, 2, 2500, 32, 64, 32),
     (1, 1, 1201, 16, 7, 128),
@@ -63,6 +63,8 @@ SIZES = (
     (2, 1, 1, 16, 1, 16),
     (1, 1, 3, 32, 200, 32),
     (1, 1, 1300, 32, 1, 32),
+    (1, 2, 203, 64, 2, 128),
+    (2, 1, 45, 128, 4, 16),
 )
 
 
@@ -92,8 +94,9 @@ def extreme_tokens(n, m):
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-def test_logits_from_minus_to_plus_ten_thousand(isa):
-    inputs = extreme_tokens(1500, 21)
+@pytest.mark.parametrize("m", (21, 3))
+def test_logits_from_minus_to_plus_ten_thousand(isa, m):
+    inputs = extreme_tokens(1500, m)
     logits = inputs[0] @ inputs[1].transpose(2, 3)
     assert logits.min() <= -1e4 + 2 and logits.max() >= 1e4
     assert_accurate(inputs, scale=1.0)
@@ -117,8 +120,9 @@ def test_a_common_offset_of_all_logits_changes_nothing(offset):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5 * max(1, float(two.abs().max())))
 
 
-def test_only_some_tiles_are_extreme():
-    q, k, v_q, v_k = with_exact_logits(tokens(1, 1, 3000, 32, 40, 32))
+@pytest.mark.parametrize("m", (40, 2))
+def test_only_some_tiles_are_extreme(m):
+    q, k, v_q, v_k = with_exact_logits(tokens(1, 1, 3000, 32, m, 32))
     q[:, :, 1000:1100] *= 64.0
     q[:, :, 2500] = 0.0
     assert_accurate((q, k, v_q, v_k), scale=0.125)
@@ -138,10 +142,11 @@ def test_everything_masked_gives_zeros_and_zero_gradients(masked):
         assert value[0].abs().min(dim=-1).values.max() > 0 and torch.isfinite(value).all()
 
 
-def test_what_masked_tokens_hold_reaches_nobody():
-    inputs = tokens(2, 2, 130, 16, 9, 16)
+@pytest.mark.parametrize("m", (9, 3))
+def test_what_masked_tokens_hold_reaches_nobody(m):
+    inputs = tokens(2, 2, 130, 16, m, 16)
     q_mask = torch.arange(130).expand(2, -1) % 3 != 1
-    k_mask = torch.arange(9).expand(2, -1) % 4 != 0
+    k_mask = torch.arange(m).expand(2, -1) % 4 != 0
     clean, clean_grads = run(inputs, "cpu", q_mask=q_mask, k_mask=k_mask)
     inputs[0][:, :, 1::3], inputs[2][:, :, 1::3] = torch.nan, torch.inf
     inputs[1][:, :, 0::4], inputs[3][:, :, 0::4] = torch.inf, torch.nan
@@ -175,7 +180,14 @@ def test_the_published_variants_give_the_same_numbers(shift, clamp):
         torch.testing.assert_close(one.double(), two, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", (lambda: tokens(1, 3, 5000, 32, 24, 32), lambda: extreme_tokens(2600, 21)))
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda: tokens(1, 3, 5000, 32, 24, 32),
+        lambda: tokens(1, 3, 5000, 32, 3, 32),
+        lambda: extreme_tokens(2600, 21),
+    ),
+)
 def test_the_number_of_threads_changes_no_bit(make):
     inputs, before = make(), torch.get_num_threads()
     try:
@@ -190,8 +202,9 @@ def test_the_number_of_threads_changes_no_bit(make):
 
 
 @pytest.mark.parametrize("side", (7, 49))  # 49 tokens: 4x4 blocks of the tile's transposition and their rest
-def test_channel_major_maps_keep_their_layout(side):
-    inputs = tokens(2, 3, side * side, 32, 9, 16)
+@pytest.mark.parametrize("m", (9, 2))
+def test_channel_major_maps_keep_their_layout(side, m):
+    inputs = tokens(2, 3, side * side, 32, m, 16)
     maps = [value.transpose(2, 3).contiguous().transpose(2, 3) for value in inputs]
     assert maps[0].stride()[2:] == (1, side * side)
     q_mask = torch.arange(side * side).expand(2, -1) % 11 != 4
