@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import field
+from os import PathLike
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bti_fast.errors import UserError
@@ -30,15 +31,20 @@ def check_ranges(config: Any) -> None:
             raise UserError(
                 f"{flag(item.name)} {value}: must be one of {', '.join(map(str, get_args(hint)))}"
             )
+        optional = type(None) in get_args(hint)
         if value is None:
+            if not optional:
+                raise UserError(f"{flag(item.name)}: has no value; give one or leave it out")
             continue
-        hint = int if hint == int | None else hint
+        hint = get_args(hint)[0] if optional else hint
         if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, hint))):
             raise UserError(
                 f"{flag(item.name)} {value!r}: must be {'a whole number' if hint is int else 'a number'}"
             )
         if hint is bool and not isinstance(value, bool):
             raise UserError(f"{flag(item.name)} {value!r}: must be true or false")
+        if hint is str and not isinstance(value, (str, PathLike)):
+            raise UserError(f"{flag(item.name)} {value!r}: must be text")
         low, high = item.metadata["low"], item.metadata["high"]
         if low is not None and not low <= value <= high:
             raise UserError(f"{flag(item.name)} {value}: must lie between {low:g} and {high:g}")

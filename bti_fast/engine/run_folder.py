@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,11 @@ def open_run(path: str | Path) -> Path:
 
 def write_config(folder: Path, config: TrainConfig) -> None:
     """Keeps the settings of a run, without its place: run folders may be moved."""
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
+    values = {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, value in dataclasses.asdict(config).items()
+        if name != "out"
+    }
     write_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bti_fast.engine import run_folder
+from bti_fast.engine.config import TrainConfig
 from bti_fast.engine.state import load_state, save_state
 from bti_fast.errors import UserError
 from tests.engine.tiny import TinyEncoder, tiny_train
@@ -111,6 +112,14 @@ def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("size: 32\n")
     with pytest.raises(UserError, match="its training has not finished an epoch"):
         run_folder.find_model(tmp_path)
+
+
+def test_paths_in_settings_are_kept_as_text(tmp_path: Path) -> None:
+    weights = tmp_path / "b0.pth"
+    weights.touch()
+    run_folder.write_config(tmp_path, TrainConfig(data=tmp_path, encoder_weights=weights).checked())
+    stored = run_folder.read_config(tmp_path)
+    assert (stored.data, stored.encoder_weights) == (str(tmp_path), str(weights))
 
 
 def test_damaged_config(tmp_path: Path) -> None:

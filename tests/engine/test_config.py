@@ -41,6 +41,9 @@ def test_defaults_are_the_paper_recipe() -> None:
         ({"batch_size": 2.5}, "--batch-size 2.5: must be a whole number"),
         ({"learning_rate": float("nan")}, "--learning-rate nan: must lie between"),
         ({"augment": 1}, "--augment 1: must be true or false"),
+        ({"epochs": None}, "--epochs: has no value; give one or leave it out"),
+        ({"encoder": 5}, "--encoder 5: must be text"),
+        ({"devices": 1.5}, "--devices 1.5: must be a whole number"),
         (
             {"interaction": "some"},
             "--interaction some: must be one of encoder-sharing, none, fixed, proxy, entropy, attention",
