@@ -85,11 +85,11 @@ def compiled(task: Task) -> list[Row]:
 def digest(cuda: bool) -> str:
     """Of the sources and the compiler that the rows depend on."""
     if cuda:
-        sources = [*ROOT.glob("csrc/cuda/*.*"), *ROOT.glob("csrc/common/*.h")]
+        sources = [*ROOT.glob("csrc/cuda/*.*"), *ROOT.glob("csrc/common/*.h"), Path(cuda_report.__file__)]
         version = subprocess.run([cuda_report.nvcc(), "--version"], capture_output=True, text=True).stdout
     else:
         sources, version = [*ROOT.glob("kernels/*.py")], triton.__version__
-    sources += [*ROOT.glob("benchmarks/kernel_*.py"), ROOT / "benchmarks" / "cuda_report.py"]
+    sources += [ROOT / "benchmarks" / f"kernel_{name}.py" for name in ("compile", "report", "specimens")]
     read = b"".join(path.read_bytes() for path in sorted(sources))
     return hashlib.sha256(read + version.encode()).hexdigest()[:16]
 
