@@ -176,15 +176,18 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def _plain_task_interaction(x, y, weights, *, tau, training=False, momentum=None):
+    """Without the running statistics, which no result depends on."""
+    return ops.TaskInteraction(*reference.task_interaction(x, y, list(weights), tau, training)[:4])
+
+
 @contextmanager
 def plain_operators() -> Iterator[None]:
     """Within: the modules of bti_fast.nn compute in plain PyTorch, differentiated by autograd."""
     plain = {
         "entropy_uncertainty": reference.entropy_uncertainty,
         "gated_fusion": lambda *args, tau: ops.GatedFusion(*reference.gated_fusion(*args, tau)),
-        "task_interaction": lambda x, y, weights, *, tau, training: ops.TaskInteraction(
-            *reference.task_interaction(x, y, list(weights), tau, training)[:4]
-        ),
+        "task_interaction": _plain_task_interaction,
         "cross_attention": lambda *tokens, q_mask=None, k_mask=None: ops.CrossAttention(
             *reference.cross_attention(*tokens, q_mask, k_mask, tokens[0].shape[-1] ** -0.5)[:2]
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import cross_attention, gated_fusion, gated_interaction, task_interaction
+from benchmarks import cross_attention, entropy_uncertainty, gated_fusion, gated_interaction, task_interaction
 from benchmarks.__main__ import main
 from benchmarks.harness import Provider, WrongResult, bind, check, plain_operators, runner
 from benchmarks.measure import Settings, blank, measure, prepare
@@ -20,16 +20,16 @@ NO_COMPILE = Choice("none")
 def small(kernel: str):
     if kernel == "cross_attention":
         return cross_attention.case(1, 40, 3, heads=2, dim=16, layout="channel-major")
-    if kernel == "GatedInteraction":
-        return gated_interaction.case(2, 6, (9, 8), "entropy")
+    if kernel.startswith("GatedInteraction"):
+        return gated_interaction.case(2, 6, (9, 8), kernel.split()[1])
+    if kernel == "entropy_uncertainty":
+        return entropy_uncertainty.case(2, 3, (9, 8))
     made = {"gated_fusion": gated_fusion, "task_interaction": task_interaction}[kernel]
     return made.case(2, 6, (9, 8), layout="channels_last")
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize(
-    "kernel", ["gated_fusion", "task_interaction", "cross_attention", "GatedInteraction"]
-)
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "BTINet"])
 def test_everybody_agrees_and_a_wrong_provider_does_not(kernel, mode):
     case = small(kernel)
     bound = bind(case, mode)
