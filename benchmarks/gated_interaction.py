@@ -18,7 +18,8 @@ def case(batch: int, channels: int, spatial: tuple[int, ...], kind: str) -> Case
     """A module of one kind ("proxy", "entropy" or "attention") in evaluation; with backward in training."""
     shape = (batch, channels, *spatial)
     features = 4.0 * math.prod(shape)
-    product = float(math.prod(shape) * channels)
+    # At every position channels -> channels / 2, or -> one logit of the module's own head.
+    product = float(math.prod(shape)) * (2 if kind == "entropy" else channels)
     inner = 128  # four heads of 32
 
     def made() -> nn.Module:
