@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast import ops
 from bti_fast.nn.checks import check_features, check_map
+from bti_fast.nn.pointwise import pointwise
 
 
 class CrossDecoderAttentionOutput(NamedTuple):
@@ -78,7 +78,7 @@ class CrossDecoderAttention(nn.Module):
             k_mask=cls_mask,
         )
         to_seg = read.out_q.transpose(2, 3).flatten(1, 2).unflatten(2, seg.shape[2:])  # [B, h·d, *spatial]
-        seg_change = _pointwise(self.seg_out, to_seg.to(q.dtype))
+        seg_change = pointwise(self.seg_out, to_seg.to(q.dtype))
         cls_change = self.cls_out(read.out_k.transpose(1, 2).flatten(2).to(tokens.dtype))  # [B, M, F]
         if cls.ndim == 2:
             cls_change = cls_change.mean(1)
@@ -103,7 +103,7 @@ class CrossDecoderAttention(nn.Module):
     def _projected(self, seg: Tensor, cls: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q and v_q [B, h, N, d], k and v_k [B, h, M, d], and the class-side tokens themselves [B, M, F]."""
         tokens = cls if cls.ndim == 3 else cls[:, None] + self.tokens
-        dense = _pointwise(self.seg_in, self.seg_norm(seg)).flatten(2)  # [B, 2·h·d, N]
+        dense = pointwise(self.seg_in, self.seg_norm(seg)).flatten(2)  # [B, 2·h·d, N]
         # [B, h, N, d] as a view: the map stays channel-major in memory
         q, v_q = (t.unflatten(1, (self.heads, -1)).transpose(2, 3) for t in dense.chunk(2, 1))
         k, v_k = (
@@ -111,9 +111,3 @@ class CrossDecoderAttention(nn.Module):
             for t in self.cls_in(self.cls_norm(tokens)).chunk(2, 2)
         )
         return q, k, v_q, v_k, tokens
-
-
-def _pointwise(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer at every position of a channel-major map of 1 to 3 spatial axes."""
-    convolution = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
-    return convolution(x, linear.weight.reshape(*linear.weight.shape, *([1] * (x.ndim - 2))), linear.bias)

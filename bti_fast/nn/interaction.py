@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bti_fast import ops
 from bti_fast.nn.checks import check_features, check_logits, check_map
 from bti_fast.nn.cross_decoder_attention import CrossDecoderAttention
+from bti_fast.nn.pointwise import pointwise
 from bti_fast.nn.running_statistics import counted_share
 from bti_fast.nn.synchronised import synchronises
 from bti_fast.nn.task_interaction import TaskInteraction, UncertaintyProxyAttention, operator_weights
@@ -125,7 +126,7 @@ class GatedInteraction(nn.Module):
             self.upa = UncertaintyProxyAttention(seg_channels, cls_features)
         else:
             self.exchange = EntropyExchange(seg_channels, cls_features, tau=tau)
-            self.seg_head = nn.Linear(seg_channels, seg_classes)  # a 1x1 convolution over any spatial rank
+            self.seg_head = nn.Linear(seg_channels, seg_classes)  # at every position
             self.cls_head = nn.Linear(cls_features, cls_classes) if cls_classes is not None else None
 
     def forward(
@@ -164,8 +165,7 @@ class GatedInteraction(nn.Module):
         """Both logits, and those among them that this module's own heads made."""
         own_seg = own_cls = None
         if seg_logits is None:
-            flat = F.conv1d(seg.flatten(2), self.seg_head.weight[:, :, None], self.seg_head.bias)
-            seg_logits = own_seg = flat.unflatten(2, seg.shape[2:])
+            seg_logits = own_seg = pointwise(self.seg_head, seg)
         else:
             check_logits("seg_logits", seg_logits, (seg.shape[0], self.seg_classes, *seg.shape[2:]), seg)
         if cls_logits is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bti_fast.nn.blocks import BN_EPS, BN_MOMENTUM
 from bti_fast.nn.checks import check_features, check_map
+from bti_fast.nn.pointwise import pointwise
 
 PROJECTION = 64  # width of the space in which the two updates are compared
 GATE_HIDDEN = 32
@@ -51,9 +52,7 @@ class TaskInteraction(nn.Module):
         self.seg_channels = seg_channels
         self.cls_features = cls_features
         self.tau = tau
-        self.s2c_conv = nn.Linear(
-            seg_channels, seg_channels // 2
-        )  # applied at every position: a 1x1 convolution
+        self.s2c_conv = nn.Linear(seg_channels, seg_channels // 2)  # at every position: a 1x1 convolution
         self.s2c_fc = nn.Linear(seg_channels // 2, cls_features)
         self.s2c_bn = nn.BatchNorm1d(cls_features, eps=BN_EPS, momentum=BN_MOMENTUM)
         self.clf_gate = nn.Linear(cls_features, cls_features)
@@ -63,11 +62,11 @@ class TaskInteraction(nn.Module):
     def forward(self, seg: Tensor, cls: Tensor) -> TaskInteractionOutput:
         check_map("seg", seg, self.seg_channels)
         check_features("cls", cls, seg, self.cls_features)
-        flat = seg.flatten(2)  # [B, C, P]
-        hidden = F.relu(F.conv1d(flat, self.s2c_conv.weight[:, :, None], self.s2c_conv.bias))  # [B, C/2, P]
+        hidden = F.relu(pointwise(self.s2c_conv, seg)).flatten(2)  # [B, C/2, P]
         context = self.s2c_bn(F.relu(self.s2c_fc(hidden.mean(2))))  # [B, F]
         cls_out = cls + self.clf_gate(context).sigmoid() * context
-        mask = self.tau * self.seg_gate(flat.mean(2)).sigmoid() * self.c2s_fc(cls).sigmoid()  # [B, C]
+        mean = seg.flatten(2).mean(2)  # [B, C]
+        mask = self.tau * self.seg_gate(mean).sigmoid() * self.c2s_fc(cls).sigmoid()  # [B, C]
         seg_out = seg * (1 + _over_positions(mask, seg))
         return TaskInteractionOutput(seg_out, cls_out, mask)
 
