@@ -18,7 +18,12 @@ README = ROOT / "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- figures: begin (bti-fast benchmark --readme) -->", "<!-- figures: end -->"
 MAPPED = "entropy_uncertainty", "gated_fusion", "task_interaction"  # at every level of the decoders
-GROUP_NAMES = {"3D": "32 channels, 48³", "layout": "other memory layout", "dtype": "bfloat16 and float16"}
+GROUP_NAMES = {
+    "3D": "32 channels, 48³",
+    "layout": "other memory layout",
+    "dtype": "bfloat16 and float16",
+    "module": "batch 8, four levels",
+}
 PROVIDER_NAMES = {
     "reference": "operators in plain PyTorch, contiguous layout, the allocator as it comes",
     "bti_fast:folded": "bti_fast, `model.fold()`",
@@ -133,7 +138,7 @@ def _other_groups(rows: Sequence[Row]) -> str:
     """Geometric means over the cases of the other groups."""
     found = defaultdict(dict)
     for gain in gains(rows, ("compile", "eager")):
-        if gain.group in ("batch 1", "3D", "layout", "dtype") and gain.provider == "bti_fast":
+        if gain.group in ("batch 1", "3D", "layout", "dtype", "module") and gain.provider == "bti_fast":
             found[gain.kernel, gain.group].setdefault(gain.mode, {})[gain.peer] = f"{gain.mean:.1f}"
     lines = ["| geometric means | | forward | with backward |", "|---|---|---|---|"]
     for (kernel, group), by_mode in found.items():
