@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 from bti_fast.errors import BackendUnavailable
-from bti_fast.ops.straight import Straight, any_requires_grad, flatten, is_ordinary, restore
+from bti_fast.ops.straight import (
+    Straight,
+    any_requires_grad,
+    flatten,
+    is_ordinary,
+    is_transformed,
+    restore,
+)
 
 BACKENDS = ("reference", "cpu", "triton", "cuda", "sdpa")
 
 _log = logging.getLogger("bti_fast.dispatch")
 _forced: ContextVar[str | None] = ContextVar("bti_fast_backend", default=None)
 _library = torch.library.Library("bti_fast", "DEF")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_AUTOCAST = _AUTOCAST | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 OPERATORS: dict[str, Operator] = {}
 
@@ -77,7 +86,7 @@ class Operator:
         """
         tensors, layout = flatten(args)
         if not is_ordinary(tensors):
-            return self.op(*args)
+            return self._plain("forward", args) if is_transformed() else self.op(*args)
         if torch.is_grad_enabled() and any_requires_grad(*tensors):
             return Straight.apply(self, args, layout, *tensors)
         return self._forward(*args)
@@ -116,6 +125,17 @@ class Operator:
                 return backend
         raise BackendUnavailable(f"{self.name}: no backend can run this call: {self.explain(*inputs)}")
 
+    def _plain(self, direction: str, args: tuple):
+        """The reference's "forward" or "backward", of PyTorch's operators, which every derivative knows."""
+        forced = _forced.get()
+        if forced not in (None, "reference"):
+            raise BackendUnavailable(
+                f"{self.name}: backend {forced!r} cannot run this call: torch.func, forward-mode derivatives "
+                "and gradients of gradients are computed by the reference backend only"
+            )
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return getattr(self.backends["reference"], direction)(*args)
+
     def _forward(self, *args):
         return self.choose(*args).forward(*args)
 
@@ -132,7 +152,8 @@ class Operator:
     def _autograd(self, ctx, *grads):
         args = (*grads[: self.differentiable], *restore(ctx.layout, ctx.saved_tensors))
         with _force(ctx.backend):
-            result = self.backward_op(*args)
+            differentiable = torch.is_grad_enabled()  # create_graph=True
+            result = self._plain("backward", args) if differentiable else self.backward_op(*args)
         return self.gradients(result)
 
 
@@ -141,12 +162,10 @@ def _define(name: str, schema: str, run: Callable, fake: Callable) -> None:
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bti_fast::{name}", fake, lib=_library)
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
     def without_autocast(*args):
         # Every operator accumulates in fp32 by itself and keeps the dtype that each tensor arrives in.
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return getattr(torch.ops.bti_fast, name).default(*args)
 
     for key in ("AutocastCPU", "AutocastCUDA"):
@@ -187,6 +206,11 @@ def forced() -> str | None:
 
 
 def like(tensor: Tensor, template: Tensor) -> Tensor:
-    """``tensor`` in the strides that ``torch.empty_like(template)`` has, copied only where they differ."""
+    """``tensor`` in the strides that ``torch.empty_like(template)`` has, copied only where they differ.
+
+    Not under torch.func: there one of the two may stand for many tensors, and the copy would have no room.
+    """
+    if is_transformed():
+        return tensor
     strides = torch.empty_like(template, device="meta").stride()
     return tensor if tensor.stride() == strides else torch.empty_like(template).copy_(tensor)

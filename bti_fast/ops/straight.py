@@ -8,6 +8,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _CLASSES = (Tensor, torch.nn.Parameter)
 # What PyTorch itself asks for this purpose, but promises nobody else.
@@ -28,10 +29,13 @@ _KNOWN = all(hasattr(torch._C, name) for name in _NEEDED)  # else every call goe
 def is_ordinary(tensors: Sequence[Tensor]) -> bool:
     """True where the dispatcher would do nothing with these tensors but find an operator's kernel.
 
-    Not so under compilation, modes (fake tensors, tracing, counting), functorch's transforms and autocast;
-    nor with subclasses of Tensor, on the meta device, or with bits still to be resolved (negated views).
+    Not so under compilation, modes (fake tensors, tracing, counting), functorch's transforms, forward-mode
+    differentiation and autocast; nor with subclasses of Tensor, on the meta device, or with bits still to be
+    resolved (negated views).
     """
     if not _KNOWN or torch.compiler.is_compiling() or _modes() or _transforms() or _tracing() is not None:
+        return False
+    if forward_ad._current_level >= 0:
         return False
     first = tensors[0]
     device = "cpu" if first.is_cpu else "cuda" if first.is_cuda else None  # device.type takes longer
@@ -46,6 +50,17 @@ def is_ordinary(tensors: Sequence[Tensor]) -> bool:
         if not (keys == ordinary or keys == inference):  # their != takes longer
             return False
     return True
+
+
+def is_transformed() -> bool:
+    """True under torch.func's transforms and forward-mode differentiation, which an operator with one formula
+    for its gradient does not serve: they would fail, or take its result for a constant."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    top = torch._C._functorch.peek_interpreter_stack()
+    return top is not None and top.key() != torch._C._functorch.TransformType.Functionalize
 
 
 @cache
