@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bti_fast import ops
-from bti_fast.nn.checks import check_features, check_map
+from bti_fast.nn.checks import check_count, check_features, check_like_weight, check_map
 from bti_fast.nn.pointwise import pointwise
 
 
@@ -40,9 +40,14 @@ class CrossDecoderAttention(nn.Module):
         tokens: int = 8,
     ) -> None:
         super().__init__()
-        for name, value in (("heads", heads), ("head_dim", head_dim), ("tokens", tokens)):
-            if value < 1:
-                raise ValueError(f"{name}: found {value}, needed at least 1")
+        for name, value in (
+            ("seg_channels", seg_channels),
+            ("cls_features", cls_features),
+            ("heads", heads),
+            ("head_dim", head_dim),
+            ("tokens", tokens),
+        ):
+            check_count(name, value, 1)
         inner = heads * head_dim
         self.seg_channels = seg_channels
         self.cls_features = cls_features
@@ -103,6 +108,8 @@ class CrossDecoderAttention(nn.Module):
     def _projected(self, seg: Tensor, cls: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q and v_q [B, h, N, d], k and v_k [B, h, M, d], and the class-side tokens themselves [B, M, F]."""
         tokens = cls if cls.ndim == 3 else cls[:, None] + self.tokens
+        check_like_weight("seg", seg, self.seg_in.weight)
+        check_like_weight("cls", tokens, self.cls_in.weight)
         dense = pointwise(self.seg_in, self.seg_norm(seg)).flatten(2)  # [B, 2·h·d, N]
         # [B, h, N, d] as a view: the map stays channel-major in memory
         q, v_q = (t.unflatten(1, (self.heads, -1)).transpose(2, 3) for t in dense.chunk(2, 1))

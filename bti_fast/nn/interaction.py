@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast import ops
-from bti_fast.nn.checks import check_features, check_logits, check_map
+from bti_fast.nn.checks import check_count, check_features, check_like_weight, check_logits, check_map
 from bti_fast.nn.cross_decoder_attention import CrossDecoderAttention
 from bti_fast.nn.pointwise import pointwise
 from bti_fast.nn.running_statistics import counted_share
@@ -110,8 +110,12 @@ class GatedInteraction(nn.Module):
         super().__init__()
         if uncertainty not in ("proxy", "entropy"):
             raise ValueError(f"uncertainty: found {uncertainty!r}, needed 'proxy' or 'entropy'")
-        if attention_heads < 0:
-            raise ValueError(f"attention_heads: found {attention_heads}, needed 0 or more")
+        check_count("seg_channels", seg_channels, 1)
+        check_count("cls_features", cls_features, 1)
+        check_count("attention_heads", attention_heads, 0)
+        check_count("seg_classes", seg_classes, 1)
+        if cls_classes is not None:
+            check_count("cls_classes", cls_classes, 1)
         self.uncertainty = uncertainty
         self.seg_channels = seg_channels
         self.cls_features = cls_features
@@ -134,6 +138,8 @@ class GatedInteraction(nn.Module):
     ) -> GatedInteractionOutput:
         check_map("seg", seg, self.seg_channels)
         check_features("cls", cls, seg, self.cls_features, tokens=self.attention is not None)
+        if cls.ndim == 3 and cls.shape[1] == 0:
+            raise ValueError("cls: found no token, needed at least one: the fusion reads their mean")
         if self.attention is not None:
             seg, cls = self.attention(seg, cls)
         vector = cls.mean(1) if cls.ndim == 3 else cls  # [B, F]
@@ -141,6 +147,7 @@ class GatedInteraction(nn.Module):
             seg_out, vector_out, gates, signals = self._task_interaction(seg, vector)
             auxiliary = (None, None)
         else:
+            check_like_weight("cls", vector, self.exchange.prior.weight)
             seg_logits, cls_logits, auxiliary = self._logits(seg, vector, seg_logits, cls_logits)
             seg_out, vector_out, gates, signals = self.exchange(seg, vector, seg_logits, cls_logits)
         cls_out = cls + (vector_out - vector)[:, None] if cls.ndim == 3 else vector_out
@@ -165,6 +172,7 @@ class GatedInteraction(nn.Module):
         """Both logits, and those among them that this module's own heads made."""
         own_seg = own_cls = None
         if seg_logits is None:
+            check_like_weight("seg", seg, self.seg_head.weight)
             seg_logits = own_seg = pointwise(self.seg_head, seg)
         else:
             check_logits("seg_logits", seg_logits, (seg.shape[0], self.seg_classes, *seg.shape[2:]), seg)
@@ -174,10 +182,8 @@ class GatedInteraction(nn.Module):
                     "cls_logits: found None, needed logits (B, L) or cls_classes at construction"
                 )
             cls_logits = own_cls = self.cls_head(cls)
-        elif self.cls_classes is not None:
-            check_logits("cls_logits", cls_logits, (seg.shape[0], self.cls_classes), seg)
-        elif cls_logits.ndim != 2 or cls_logits.shape[0] != seg.shape[0]:
-            raise ValueError(f"cls_logits: found shape {tuple(cls_logits.shape)}, needed ({seg.shape[0]}, L)")
+        else:
+            check_logits("cls_logits", cls_logits, (seg.shape[0], self.cls_classes or "L"), seg)
         return seg_logits, cls_logits, (own_seg, own_cls)
 
     def gate_parameters(self):

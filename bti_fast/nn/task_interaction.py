@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast.nn.blocks import BN_EPS, BN_MOMENTUM
-from bti_fast.nn.checks import check_features, check_map
+from bti_fast.nn.checks import check_count, check_features, check_like_weight, check_map
 from bti_fast.nn.pointwise import pointwise
 
 PROJECTION = 64  # width of the space in which the two updates are compared
@@ -47,8 +47,8 @@ class TaskInteraction(nn.Module):
 
     def __init__(self, seg_channels: int, cls_features: int = 256, *, tau: float = 0.7) -> None:
         super().__init__()
-        if seg_channels < 2:
-            raise ValueError(f"seg_channels: found {seg_channels}, needed at least 2")
+        check_count("seg_channels", seg_channels, 2)
+        check_count("cls_features", cls_features, 1)
         self.seg_channels = seg_channels
         self.cls_features = cls_features
         self.tau = tau
@@ -62,6 +62,8 @@ class TaskInteraction(nn.Module):
     def forward(self, seg: Tensor, cls: Tensor) -> TaskInteractionOutput:
         check_map("seg", seg, self.seg_channels)
         check_features("cls", cls, seg, self.cls_features)
+        check_like_weight("seg", seg, self.s2c_conv.weight)
+        check_like_weight("cls", cls, self.c2s_fc.weight)
         hidden = F.relu(pointwise(self.s2c_conv, seg)).flatten(2)  # [B, C/2, P]
         context = self.s2c_bn(F.relu(self.s2c_fc(hidden.mean(2))))  # [B, F]
         cls_out = cls + self.clf_gate(context).sigmoid() * context

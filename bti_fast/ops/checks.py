@@ -57,3 +57,8 @@ def check_map(operator: str, name: str, value: object) -> None:
     check_rank(operator, name, value, 3, 5, "(B, C, *spatial) with 1, 2 or 3 spatial axes")
     if value.shape[1] < 1:
         raise ValueError(f"{operator}: {name} needs at least one channel (axis 1), got {tuple(value.shape)}")
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; PyTorch refuses the question for the meta device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

@@ -14,7 +14,7 @@ from bti_fast.ops.backends import (
     no_limits,
     reference_backend,
 )
-from bti_fast.ops.checks import DTYPES, check_device, check_rank, check_shape, check_tensor
+from bti_fast.ops.checks import DTYPES, autocasts, check_device, check_rank, check_shape, check_tensor
 from bti_fast.ops.dispatch import Backend, Operator, like
 from bti_fast.ops.sdpa import sdpa_cross_attention, sdpa_cross_attention_backward
 from bti_fast.reference import cross_attention as reference
@@ -173,7 +173,7 @@ def _fits(q, k, v_q, v_k, q_mask, k_mask, scale) -> bool:
         and v_q.device == device
         and v_k.device == device
         and q.layout is k.layout is v_q.layout is v_k.layout is strided
-        and not torch.is_autocast_enabled(device.type)
+        and not autocasts(device)
     )
 
 
@@ -184,7 +184,7 @@ def _checked(q, k, v_q, v_k, q_mask, k_mask, scale) -> tuple[Tensor, Tensor, Ten
     for argument, value in tensors.items():
         check_tensor(name, argument, value)
         check_rank(name, argument, value, 4, 4, "(B, heads, tokens, dim)")
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasts(q.device):
         q, k, v_q, v_k = (_autocast(value) for value in (q, k, v_q, v_k))
     for argument, value in (("k", k), ("v_q", v_q), ("v_k", v_k)):
         check_device(name, argument, value, "q", q)

@@ -255,6 +255,42 @@ def test_compiles_without_a_graph_break(kind, training):
             ValueError,
             r"cls_logits: found shape \(2, 5\), needed \(2, 4\)",
         ),
+        (
+            "entropy",
+            (torch.zeros(2, 6, 8, 8).bfloat16(), torch.zeros(2, 10)),
+            TypeError,
+            "seg: found torch.bfloat16, needed torch.float32 like the parameters",
+        ),
+        (
+            "entropy",
+            (torch.zeros(2, 6, 8, 8), torch.zeros(2, 10).double()),
+            TypeError,
+            "cls: found torch.float64, needed torch.float32",
+        ),
+        (
+            "proxy+attention",
+            (torch.zeros(2, 6, 8, 8).half(), torch.zeros(2, 10)),
+            TypeError,
+            "seg: found torch.float16, needed torch.float32",
+        ),
+        (
+            "entropy",
+            (torch.zeros(2, 6, 8, 8, device="meta"), torch.zeros(2, 10, device="meta")),
+            ValueError,
+            "cls: found device meta, needed cpu like the parameters",
+        ),
+        (
+            "proxy",
+            (torch.zeros(2, 6, 8, 8).to_sparse(), torch.zeros(2, 10)),
+            TypeError,
+            "seg: found .*sparse",
+        ),
+        (
+            "proxy+attention",
+            (torch.zeros(2, 6, 8, 8), torch.zeros(2, 0, 10)),
+            ValueError,
+            "cls: found no token",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(kind, arguments, error, message):
@@ -267,6 +303,10 @@ def test_entropy_without_class_logits_needs_to_know_the_classes():
     x, y = inputs(SHAPES["2d"])
     with pytest.raises(ValueError, match="cls_logits: found None"):
         module(x, y)
+    with pytest.raises(TypeError, match="cls_logits: found list, needed a torch.Tensor"):
+        module(x, y, cls_logits=[[0.0] * 7] * 3)
+    with pytest.raises(ValueError, match=r"cls_logits: found shape \(3, 0\), needed \(3, L\)"):
+        module(x, y, cls_logits=torch.zeros(3, 0))
     out = module(x, y, cls_logits=torch.zeros(3, 7))
     assert out.seg_logits is not None and out.cls_logits is None
 
@@ -275,9 +315,24 @@ def test_entropy_without_class_logits_needs_to_know_the_classes():
     ("options", "message"),
     [
         ({"uncertainty": "dropout"}, "uncertainty: found 'dropout'"),
-        ({"attention_heads": -1}, "attention_heads"),
+        ({"attention_heads": -1}, "attention_heads: found -1, needed at least 0"),
+        ({"attention_heads": True}, "attention_heads: found True, needed an integer"),
+        ({"seg_channels": 6.0}, "seg_channels: found 6.0, needed an integer of at least 1"),
+        ({"cls_features": 0}, "cls_features: found 0, needed at least 1"),
+        ({"uncertainty": "entropy", "seg_classes": 0}, "seg_classes: found 0"),
+        ({"uncertainty": "entropy", "cls_classes": 0}, "cls_classes: found 0"),
     ],
 )
 def test_unknown_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        GatedInteraction(6, 10, **options)
+    with pytest.raises((TypeError, ValueError), match=message):
+        GatedInteraction(**{"seg_channels": 6, "cls_features": 10, **options})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_meta_device_tells_every_shape(kind):
+    x, y = inputs(SHAPES["2d"])
+    with torch.device("meta"):
+        shapes = build(kind)(x.to("meta"), y.to("meta"))
+    for found, truth in zip(shapes, build(kind)(x, y), strict=True):
+        assert (found is None) == (truth is None)
+        assert found is None or (found.shape, found.dtype) == (truth.shape, truth.dtype)
