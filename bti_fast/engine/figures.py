@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,13 @@ INK = "#13579b"
 _numbers = itertools.count()
 
 
+def line_styles() -> Iterator[dict[str, str]]:
+    """Colour and dashes of one line after the other, no two alike: all colours solid, then dashed."""
+    for dashes in ("-", "--", ":", "-."):
+        for colour in COLOURS:
+            yield {"color": colour, "linestyle": dashes}
+
+
 def new_figure(width: float = 5.2, height: float = 3.6) -> tuple[Figure, Any]:
     """An empty figure with one set of axes, sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -33,11 +40,11 @@ def new_figure(width: float = 5.2, height: float = 3.6) -> tuple[Figure, Any]:
 def curves(history: Sequence[Mapping[str, Any]], names: Mapping[str, str], ylabel: str, title: str) -> Figure:
     """Columns of the history over the epochs; names maps column to legend. One point is shown as a point."""
     figure, axes = new_figure()
-    for (column, label), colour in zip(names.items(), COLOURS, strict=False):
+    for (column, label), style in zip(names.items(), line_styles(), strict=False):
         points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
         if points:
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=colour, label=label, linewidth=1.6, marker="o" if len(x) < 3 else None)
+            axes.plot(x, y, **style, label=label, linewidth=1.6, marker="o" if len(x) < 3 else None)
     axes.set(xlabel="epoch", ylabel=ylabel, title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
@@ -48,13 +55,11 @@ def roc(found: Mapping[str, Mapping[str, Any] | None]) -> Figure:
     """One-against-the-rest ROC curves, as metrics.roc_curves gives them."""
     figure, axes = new_figure(4.4, 4.2)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
-    for (name, curve), colour in zip(found.items(), itertools.cycle(COLOURS), strict=False):
+    for (name, curve), style in zip(found.items(), itertools.cycle(line_styles()), strict=False):
         if curve is None:
-            axes.plot([], [], color=colour, label=f"{name}: n/a")
+            axes.plot([], [], **style, label=f"{name}: n/a")
         else:
-            axes.plot(
-                curve["fpr"], curve["tpr"], color=colour, linewidth=1.6, label=f"{name}: {curve['auc']:.3f}"
-            )
+            axes.plot(curve["fpr"], curve["tpr"], **style, linewidth=1.6, label=f"{name}: {curve['auc']:.3f}")
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, each class against the rest")
     axes.legend(frameon=False, title="AUC", loc="lower right")
     return figure
@@ -79,12 +84,12 @@ def reliability(found: Mapping[str, Sequence[Any]], ece: float | None, title: st
 def risk_coverage(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Failure rate among the accepted cases, as metrics.risk_coverage gives it for each signal."""
     figure, axes = new_figure(4.8, 5.0)
-    for (name, curve), colour in zip(found.items(), itertools.cycle(COLOURS), strict=False):
+    for (name, curve), style in zip(found.items(), itertools.cycle(line_styles()), strict=False):
         if curve["coverage"]:
             aurc = "n/a" if curve["aurc"] is None else f"{curve['aurc']:.3f}"
             label = f"{name.replace('_', ' ')}: {aurc}"
             wide = 2.4 if name == "failure_score" else 1.2
-            axes.plot(curve["coverage"], curve["risk"], color=colour, linewidth=wide, label=label)
+            axes.plot(curve["coverage"], curve["risk"], **style, linewidth=wide, label=label)
     axes.set(
         xlabel="share of cases kept, least doubtful first", ylabel="failure rate", title="Risk and coverage"
     )
