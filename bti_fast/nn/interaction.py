@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast import ops
+from bti_fast._export import exportable
 from bti_fast.nn.checks import check_count, check_features, check_like_weight, check_logits, check_map
 from bti_fast.nn.cross_decoder_attention import CrossDecoderAttention
 from bti_fast.nn.pointwise import pointwise
@@ -17,6 +18,7 @@ from bti_fast.nn.synchronised import synchronises
 from bti_fast.nn.task_interaction import TaskInteraction, UncertaintyProxyAttention, operator_weights
 
 
+@exportable
 class GatedInteractionOutput(NamedTuple):
     """What an interaction returns.
 
@@ -67,19 +69,22 @@ class EntropyExchange(nn.Module):
         self, seg: Tensor, cls: Tensor, seg_logits: Tensor, cls_logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """seg' (B, C, *spatial), cls' (B, F), gates (B, 2) and the entropy map (B, *spatial)."""
-        alpha = F.softplus(self.raw_alpha)
+        coeffs = torch.stack((F.softplus(self.raw_alpha), self.beta, self.gamma), 1)
+        to_seg, to_cls = coeffs.unbind()  # each alpha, beta, gamma
         cls_uncertainty = ops.entropy_uncertainty(cls_logits)  # [B]
         prior = self.prior(cls).sigmoid()  # [B, C]
-        coeffs = torch.stack((alpha[0], self.beta[0], self.gamma[0]))
-        fused = ops.gated_fusion(seg, seg_logits, prior, cls_uncertainty, coeffs, tau=self.tau)
+        fused = ops.gated_fusion(seg, seg_logits, prior, cls_uncertainty, to_seg, tau=self.tau)
         context = F.relu(self.context(fused.pooled.to(self.context.weight.dtype)))  # [B, F]
-        r_cls = torch.sigmoid(
-            alpha[1] * cls_uncertainty + self.beta[1] * (1 - fused.mean_uncertainty) + self.gamma[1]
-        )  # [B]
+        r_cls = _opening(to_cls, cls_uncertainty, fused.mean_uncertainty)  # [B]
         cls_out = cls + (r_cls[:, None] * self.context_gate(context).sigmoid() * context).to(cls.dtype)
-        offset = self.beta[0] * (1 - cls_uncertainty) + self.gamma[0]  # [B]
-        r_seg = torch.sigmoid(alpha[0] * fused.uncertainty.flatten(1) + offset[:, None]).mean(1)  # [B]
+        r_seg = _opening(to_seg, fused.uncertainty.flatten(1), cls_uncertainty[:, None]).mean(1)  # [B]
         return fused.x, cls_out, torch.stack((r_seg, r_cls), 1), fused.uncertainty
+
+
+def _opening(coeffs: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """How far a gate opens, by the receiving side's uncertainty and the giving side's certainty."""
+    alpha, beta, gamma = coeffs.unbind()
+    return (alpha * own + (beta * (1 - other) + gamma)).sigmoid()
 
 
 class GatedInteraction(nn.Module):
