@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bti_fast._export import exportable
 from bti_fast.errors import UserError
 from bti_fast.models import checkpoint
 from bti_fast.models.encoders import EfficientNetEncoder, check_maps, feature_channels, load_encoder_weights
@@ -29,6 +30,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@exportable
 class BTINetOutput(NamedTuple):
     """What BTINet returns.
 

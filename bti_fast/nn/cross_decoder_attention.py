@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from bti_fast import ops
+from bti_fast._export import exportable
 from bti_fast.nn.checks import check_count, check_features, check_like_weight, check_map
 from bti_fast.nn.pointwise import pointwise
 
 
+@exportable
 class CrossDecoderAttentionOutput(NamedTuple):
     """The two updated inputs, in their own shapes."""
 

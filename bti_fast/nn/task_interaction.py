@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bti_fast._export import exportable
 from bti_fast.nn.blocks import BN_EPS, BN_MOMENTUM
 from bti_fast.nn.checks import check_count, check_features, check_like_weight, check_map
 from bti_fast.nn.pointwise import pointwise
@@ -21,6 +22,7 @@ GATE_HIDDEN = 32
 MIN_ROWS = 8  # below this many rows scene complexity counts as zero
 
 
+@exportable
 class TaskInteractionOutput(NamedTuple):
     """The two updated features, and the channel mask m (B, C) with which seg was multiplied as 1 + m."""
 
@@ -29,6 +31,7 @@ class TaskInteractionOutput(NamedTuple):
     mask: Tensor
 
 
+@exportable
 class UncertaintyProxyOutput(NamedTuple):
     """Gated features, gates (B, 2) = [w_seg, w_cls], signals (B, 3) = [alignment, complexity, confidence]."""
 

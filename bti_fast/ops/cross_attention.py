@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bti_fast._export import exportable
 from bti_fast.ops.backends import (
     compiled_backend,
     narrower_than_float64,
@@ -26,6 +27,7 @@ MOST_CLASS_TOKENS = 256
 SHARED_MEMORY = 163 * 1024  # bytes a block of threads must be able to have: sm_80, sm_90, sm_100
 
 
+@exportable
 class CrossAttention(NamedTuple):
     """What cross_attention returns."""
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bti_fast._export import exportable
 from bti_fast.ops.backends import (
     compiled_backend,
     narrower_than_float64,
@@ -20,6 +21,7 @@ from bti_fast.reference import gated_fusion_backward as reference_backward
 from bti_fast.reference.numerics import accumulate_dtype
 
 
+@exportable
 class GatedFusion(NamedTuple):
     """What gated_fusion returns."""
 

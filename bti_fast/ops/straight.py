@@ -55,12 +55,14 @@ def is_ordinary(tensors: Sequence[Tensor]) -> bool:
 def is_transformed() -> bool:
     """True under torch.func's transforms and forward-mode differentiation, which an operator with one formula
     for its gradient does not serve: they would fail, or take its result for a constant."""
-    if torch.compiler.is_compiling():
-        return False
     if forward_ad._current_level >= 0:
         return True
-    top = torch._C._functorch.peek_interpreter_stack()
-    return top is not None and top.key() != torch._C._functorch.TransformType.Functionalize
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    innermost = torch._C._functorch.peek_interpreter_stack().key()
+    return innermost != torch._C._functorch.TransformType.Functionalize
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bti_fast._export import exportable
 from bti_fast.ops import task_interaction_passes as passes
 from bti_fast.ops.backends import compiled_backend, narrower_than_float64, reference_backend, triton_backend
 from bti_fast.ops.checks import check_device, check_map, check_rank, check_shape, check_tau, check_tensor
@@ -19,6 +20,7 @@ from bti_fast.reference.numerics import accumulate_dtype
 MOMENTUM = 0.01  # of the running statistics; the published 0.99 in Keras' convention
 
 
+@exportable
 class TaskInteraction(NamedTuple):
     """What task_interaction returns."""
 

@@ -336,3 +336,18 @@ def test_the_meta_device_tells_every_shape(kind):
     for found, truth in zip(shapes, build(kind)(x, y), strict=True):
         assert (found is None) == (truth is None)
         assert found is None or (found.shape, found.dtype) == (truth.shape, truth.dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_module_is_saved_and_loaded_for_other_sizes(kind, tmp_path):
+    module = build(kind).eval()
+    auto = torch.export.Dim.AUTO
+    sizes = {"seg": {0: auto, 2: auto, 3: auto}, "cls": {0: auto}}
+    program = torch.export.export(module, inputs(SHAPES["2d"]), dynamic_shapes=sizes)
+    torch.export.save(program, tmp_path / "exchange.pt2")
+    loaded = torch.export.load(tmp_path / "exchange.pt2").module()
+    x, y = inputs((4, 6, 12, 11))
+    found, truth = loaded(x, y), module(x, y)
+    assert type(found) is type(truth)
+    for one, two in zip(found, truth, strict=True):
+        assert (one is None and two is None) or torch.allclose(one, two, rtol=1e-4, atol=1e-5)

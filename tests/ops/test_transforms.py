@@ -87,6 +87,22 @@ def test_vmap_over_a_part_of_the_inputs(case):
 
 
 @EVERY
+def test_compiled_transforms(case):
+    inputs = [value.float() for value in inputs_of(case, case.shapes[0])]
+    torch.compiler.reset()
+
+    def gradient(first):
+        return grad(lambda value: loss(case)(value, *inputs[1:]))(first)
+
+    def derivative(first):
+        return jvp(lambda value: case.call(value, *inputs[1:]), (first,), (first.detach(),))[1]
+
+    for function in (gradient, derivative):
+        compiled = torch.compile(function, backend="aot_eager")
+        torch.testing.assert_close(compiled(inputs[0]), function(inputs[0]), rtol=1e-4, atol=1e-4)
+
+
+@EVERY
 def test_autocast_does_not_reach_into_the_reference(case):
     inputs = [value.float() for value in inputs_of(case, case.shapes[0])]
     if "attention" in case.name:
