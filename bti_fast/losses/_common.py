@@ -19,10 +19,17 @@ def without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
+def check_tensor(name: str, value: object) -> None:
+    """TypeError unless value is a tensor: None and NumPy arrays are taken for one most easily."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a torch.Tensor")
+
+
 def presence(has: Tensor | None, batch: int, device: torch.device, name: str) -> Tensor:
     """has as a bool (B,) tensor on device; None means that every sample has its truth."""
     if has is None:
         return torch.ones(batch, dtype=torch.bool, device=device)
+    check_tensor(name, has)
     if has.dtype != torch.bool or has.shape != (batch,):
         raise ValueError(
             f"{name}: got {has.dtype} of shape {tuple(has.shape)}, needs torch.bool of shape ({batch},)"
@@ -53,6 +60,7 @@ def can_look_at(x: Tensor) -> bool:
 def check_labels(label: Tensor, classes: int, has: Tensor) -> None:
     """ValueError for labels of a wrong shape or dtype, or (where looking costs no device sync) out of
     range."""
+    check_tensor("label", label)
     if (
         label.dim() != 1
         or label.shape != has.shape

@@ -11,6 +11,7 @@ from torch import Tensor
 from bti_fast.losses._common import (
     EPS,
     check_labels,
+    check_tensor,
     full_precision,
     mean_where,
     only_where,
@@ -74,12 +75,15 @@ def classification_loss(
     without clipping, so a confident mistake keeps its gradient. NaN logits give a NaN loss. ValueError for
     wrong shapes, dtypes, labels (on the CPU).
     """
+    check_tensor("logits", logits)
     if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
         raise ValueError(
             f"logits: got {logits.dtype} of shape {tuple(logits.shape)}, needs floats (B, L), L >= 2"
         )
     if gamma < 0:
         raise ValueError(f"gamma: got {gamma}, needs >= 0")
+    if class_weights is not None:
+        check_tensor("class_weights", class_weights)
     if class_weights is not None and class_weights.shape != logits.shape[1:]:
         raise ValueError(
             f"class_weights: got shape {tuple(class_weights.shape)}, needs {tuple(logits.shape[1:])}"

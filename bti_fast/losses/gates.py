@@ -8,7 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bti_fast.losses._common import full_precision, mean_where, only_where, presence, without_autocast
+from bti_fast.losses._common import (
+    check_tensor,
+    full_precision,
+    mean_where,
+    only_where,
+    presence,
+    without_autocast,
+)
 from bti_fast.losses.segmentation import prepare_masks, probabilities, soft_iou
 
 GATE_EPS = 1e-6
@@ -120,12 +127,15 @@ def gate_losses(
     is the published scaling, under which a batch of one always asks for open gates; a function is for batches
     of which this process sees a part. Gradients reach the gates only. ValueError where there are no gates.
     """
-    if not gates:
+    if not len(gates):
         raise ValueError(
             'gates: got none, needs one (B, 2) tensor a level (interaction="none" has no gates to train)'
         )
+    check_tensor("seg_logits", seg_logits)
+    check_tensor("cls_logits", cls_logits)
     batch = seg_logits.shape[0]
     for level, gate in enumerate(gates):
+        check_tensor(f"gates[{level}]", gate)
         if gate.shape != (batch, 2):
             raise ValueError(f"gates[{level}]: got shape {tuple(gate.shape)}, needs ({batch}, 2)")
     if cls_logits.dim() != 2 or cls_logits.shape[0] != batch:

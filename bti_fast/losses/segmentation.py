@@ -15,6 +15,7 @@ from torch import Tensor
 from bti_fast.losses._common import (
     EPS,
     can_look_at,
+    check_tensor,
     full_precision,
     mean_where,
     only_where,
@@ -123,6 +124,7 @@ def segmentation_loss(
     predicted): only the other two terms train on it. NaN logits give a NaN loss. ValueError for wrong
     shapes, and on the CPU for mask values out of range.
     """
+    check_tensor("logits", logits)
     with without_autocast(logits):
         has, logits, mask = prepare_masks(logits, mask, has_mask)
         return mean_where(has, lesion_focus(probabilities(logits), mask, boundary=boundary))
@@ -130,6 +132,7 @@ def segmentation_loss(
 
 def prepare_masks(logits: Tensor, mask: Tensor, has_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """has (B,), logits (B, K, H, W) and mask (B, K, H, W), in full precision, missing samples zeroed."""
+    check_tensor("mask", mask)
     if logits.dim() != 4 or not logits.is_floating_point():
         raise ValueError(
             f"logits: got {logits.dtype} of shape {tuple(logits.shape)}, needs floats (B, K, H, W)"

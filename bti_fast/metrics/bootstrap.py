@@ -15,6 +15,7 @@ def auroc_interval(
 
     None unless some cases fail and some do not.
     """
+    values, failures = np.asarray(values), np.asarray(failures, dtype=bool)
     failed, fine = values[failures], values[~failures]
     if not len(failed) or not len(fine):
         return None

@@ -137,3 +137,11 @@ def test_class_weights_multiply_each_sample():
     torch.testing.assert_close(auxiliary, 0.1 * truth)
     with pytest.raises(ValueError, match=r"class_weights: got shape \(3,\), needs \(4,\)"):
         classification_loss(logits, label, class_weights=weights[:3])
+
+
+def test_what_is_no_tensor_is_named():
+    logits = torch.zeros(2, 3)
+    with pytest.raises(TypeError, match="label: got NoneType, needs a torch.Tensor"):
+        classification_loss(logits, None)
+    with pytest.raises(TypeError, match="class_weights: got list"):
+        classification_loss(logits, torch.tensor([0, 1]), class_weights=[1.0, 1.0, 1.0])

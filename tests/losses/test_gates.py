@@ -142,6 +142,15 @@ def test_gate_errors_name_the_argument():
         gate_loss(gates, seg, mask, cls, scaling="log")
 
 
+def test_levels_may_come_as_one_tensor():
+    gates = torch.rand(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    seg_logits, mask, cls_logits = torch.randn(3, 1, 5, 5), torch.ones(3, 1, 5, 5), torch.randn(3, 2)
+    together, apart = (gate_loss(g, seg_logits, mask, cls_logits) for g in (gates, list(gates)))
+    assert torch.equal(together, apart)
+    with pytest.raises(TypeError, match=r"gates\[1\]: got NoneType"):
+        gate_loss([gates[0], None], seg_logits, mask, cls_logits)
+
+
 def test_auxiliary_loss_is_a_tenth_of_the_task_losses_on_averaged_masks():
     _, _, mask, cls = batch()
     label, has = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([True, True, False, True, True, True])

@@ -151,3 +151,13 @@ def test_errors_name_the_argument(change, message):
     logits, mask = batch()
     with pytest.raises(ValueError, match=message):
         segmentation_loss(**{"logits": logits, "mask": mask, **change})
+
+
+def test_what_is_no_tensor_is_named():
+    logits = torch.zeros(2, 1, 4, 4)
+    with pytest.raises(TypeError, match="mask: got NoneType, needs a torch.Tensor"):
+        segmentation_loss(logits, None)
+    with pytest.raises(TypeError, match="logits: got ndarray"):
+        segmentation_loss(logits.numpy(), logits)
+    with pytest.raises(TypeError, match="has_mask: got list"):
+        segmentation_loss(logits, logits, [True, False])

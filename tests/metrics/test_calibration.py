@@ -55,3 +55,16 @@ def test_extremes_stay_within_bounds():
     assert fit_temperature(logits, np.array([0, 1] * 10)) == pytest.approx(20, rel=1e-3)  # always wrong
     with pytest.raises(ValueError, match="N > 0"):
         fit_temperature(np.zeros((0, 2)), np.zeros(0, dtype=int))
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        ([[0.0, np.nan], [1.0, 0.0]], [0, 1], "logits: got NaN or Inf in 1 of 2 cases"),
+        ([[0.0, 1.0], [1.0, 0.0]], [0, 2], r"labels: got 0 to 2, needs classes 0\.\.1"),
+        ([[0.0, 1.0], [1.0, 0.0]], [-1, 0], "labels: got -1 to 0"),
+    ],
+)
+def test_nothing_is_fitted_to_what_is_no_logit_or_class(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        fit_temperature(np.array(logits), np.array(labels))

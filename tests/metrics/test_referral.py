@@ -55,6 +55,7 @@ def test_interval_of_the_auroc():
     # Hanley and McNeil's standard error for 0.76 with these counts is about 0.027.
     assert 0.07 < high - low < 0.14
     assert auroc_interval(values, failures) == (low, high)
+    assert auroc_interval(list(values), failures.astype(int)) == (low, high)
     assert auroc_interval(values, np.zeros(400, bool)) is None
     assert auroc_interval(np.arange(4.0), np.array([False, False, True, True])) == (1.0, 1.0)
 
