@@ -102,7 +102,7 @@ def run_convert(values: Namespace) -> int:
 
 def run_data(values: Namespace) -> int:
     if values.subcommand is None:
-        raise UserError(f"{PROGRAM} data: say check, pack or phantoms")
+        raise UserError("data: say check, pack or phantoms")
     commands = {"check": run_data_check, "pack": run_data_pack, "phantoms": run_data_phantoms}
     return commands[values.subcommand](values[values.subcommand])
 
@@ -139,6 +139,8 @@ def run_data_phantoms(values: Namespace) -> int:
     from bti_fast.data import make_phantoms
 
     (folder,) = _needed(values, "folder")
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise UserError(f"{folder}: is not empty; phantoms need a folder of their own")
     made = make_phantoms(folder, values.count, size=values.size, seed=values.seed)
     _console().print(f"{values.count} phantoms -> {made}", markup=False, highlight=False, soft_wrap=True)
     return 0

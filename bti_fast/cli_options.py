@@ -58,6 +58,8 @@ def _one_line(message: str) -> str:
             return f"{name} {wrong[2]}: must be {KINDS.get(kind, 'one of ' + kind.strip('[]'))}"
         return f"{name}: {said}"
     text = re.sub(r"^Subcommand '(\w+)' does not accept option '(.*)'$", r"\1 has no setting \2", text)
+    text = re.sub(r"^Unexpected config:.*", "--config: needs lines such as batch_size: 4", text)
+    text = re.sub(r"^Problems parsing config:", "--config: is not YAML:", text)
     return text.replace("unrecognized arguments:", "unknown option")
 
 

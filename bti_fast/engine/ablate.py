@@ -68,6 +68,8 @@ def ablate(
     """
     console = console or Console(stderr=True)
     config = config.checked()
+    if (Path(config.out) / run_folder.CONFIG).exists():
+        raise UserError(f"{config.out}: is the folder of one run; an ablation needs an --out of its own")
     folder = output_folder(config.out)
     _keep_settings(folder, config)
     cells = [(row, seed) for seed in range(config.seed, config.seed + config.seeds) for row in config.rows]
@@ -98,14 +100,15 @@ def _cell_folder(folder: Path, row: str, seed: int) -> Path:
 def _keep_settings(folder: Path, config: AblateConfig) -> None:
     """Writes the settings of a new ablation; UserError where those of an old one differ.
 
-    More rows or seeds may be asked for later, and the machine may differ.
+    Settings with which no cell was begun (a mistake in one of them) are replaced. More rows or seeds may be
+    asked for later, and the machine may differ.
     """
     # More processes make larger joint batches, so they are no matter of the machine alone.
     free = {*TrainConfig.RUNTIME, "rows", "seeds"} - {"devices", "num_nodes"}
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
     asked["data"] = str(Path(config.data).resolve())
     path = folder / SETTINGS
-    if not path.exists():
+    if not path.exists() or not any(folder.glob(f"*-seed*/{run_folder.CONFIG}")):
         write_text(path, yaml.safe_dump(asked, sort_keys=False))
         return
     try:

@@ -55,9 +55,12 @@ def calibrate(
         k: v for k, v in stale.items() if k not in (inference.TEMPERATURE, inference.REFERRAL)
     }
     heads = {"val": _logits(subject, subject.cases("val"), config.batch_size)}
-    temperature = {
-        head: metrics.fit_temperature(*known) for head, known in heads["val"].items() if len(known[1])
-    }
+    try:
+        temperature = {
+            head: metrics.fit_temperature(*known) for head, known in heads["val"].items() if len(known[1])
+        }
+    except ValueError as cause:  # a network that has diverged
+        raise UserError(f"{subject.weights}: cannot be calibrated ({cause})") from cause
     if not temperature:
         raise UserError(f"{subject.index.root}: no validation case has a mask or a class to calibrate by")
     if subject.splits.get("test") or any(case.split == "test" for case in subject.index.cases):

@@ -16,6 +16,7 @@ from bti_fast.engine.predict import predict
 from bti_fast.engine.run_config import EvaluateConfig, PredictConfig
 from bti_fast.engine.run_folder import CONFIG, REPORT, read_config
 from bti_fast.engine.train import train
+from bti_fast.errors import UserError
 
 PHANTOMS, SIZE, EPOCHS, GATE_EPOCHS = 150, 96, 8, 2
 
@@ -36,7 +37,9 @@ def demo(
     """
     console = console or Console(stderr=True)
     began = time.monotonic()
-    out = output_folder(out, marker=f"run/{CONFIG}")
+    if (Path(out) / "run" / CONFIG).exists():
+        raise UserError(f"{out}: holds a demo already; remove it or choose another --out")
+    out = output_folder(out)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

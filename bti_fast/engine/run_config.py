@@ -35,6 +35,8 @@ class RunConfig:
         check_ranges(self)
         if self.model is None:
             raise UserError("no model: give a run folder or a model.safetensors")
+        if self.data is None and self.layout != "auto":
+            raise UserError(f"--layout {self.layout}: is that of --data, which is missing")
         return self
 
 

@@ -100,7 +100,10 @@ def test_no_arguments_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["predict", "{tmp}/cut.safetensors", "{tmp}/a.png", "--out", "{tmp}/p"], "damaged, truncated"),
         (["convert", "/nowhere.keras", "{tmp}/m.safetensors"], "/nowhere.keras"),
         (["convert"], "SOURCE is missing"),
-        (["data"], "say check, pack or phantoms"),
+        (["data"], "bti-fast: data: say check, pack or phantoms"),
+        (["data", "phantoms", "{tmp}"], "is not empty; phantoms need a folder of their own"),
+        (["calibrate", "{tmp}/empty", "--layout", "busi"], "--layout busi: is that of --data"),
+        (["train", "--config", "{tmp}/file"], "--config: needs lines such as batch_size: 4"),
         (["data", "check", "/nowhere"], "/nowhere: no such file or folder"),
         (["data", "pack", "/nowhere", "{tmp}/p.zip"], "/nowhere: no such file or folder"),
         (["data", "pack", "/nowhere"], "FILE is missing"),
@@ -153,6 +156,14 @@ def test_unknown_setting_in_a_yaml_file(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("bti-fast: ") and said.count("\n") == 1
+
+
+def test_a_demo_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "holds a demo already; remove it or choose another --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ def test_stopped_and_gone_on_and_the_table_from_the_files(phantoms: Path, tmp_pa
         made.append(None)  # two encoders a cell: one trains, one is evaluated
         return TinyEncoder(*((1, KeyboardInterrupt()) if len(made) == 7 else ()))
 
+    with pytest.raises(UserError, match="no such file or folder"):
+        run_ablate(tmp_path / "mistaken", out)  # leaves no setting behind
     with pytest.raises(KeyboardInterrupt):
         run_ablate(phantoms, out, stops_in_the_fourth)
     done = {cell: cell.stat().st_mtime_ns for cell in out.glob("*-seed0/model.safetensors")}
@@ -78,6 +80,8 @@ def test_stopped_and_gone_on_and_the_table_from_the_files(phantoms: Path, tmp_pa
 
     with pytest.raises(UserError, match="holds an ablation with --epochs 1, not 2"):
         run_ablate(phantoms, out, epochs=2)
+    with pytest.raises(UserError, match="is the folder of one run"):
+        run_ablate(phantoms, out / "none-seed0")
     fewer, _ = run_ablate(phantoms, out, rows=("proxy",), seeds=1)
     assert fewer.values == {"proxy": {k: v[:1] for k, v in found.values["proxy"].items()}}
     assert fewer.differences == {}
