@@ -44,24 +44,21 @@ def demo(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    config = TrainConfig(
+        data=str(out / "phantoms") if data is None else data,
+        out=str(out / "run"),
+        encoder="efficientnet-b0",
+        size=size,
+        epochs=epochs,
+        gate_epochs=GATE_EPOCHS,
+        learning_rate=1e-3,
+        bn_momentum=0.1,  # a demo has too few steps for the paper's 0.01
+        threads=threads,
+    ).checked()
     if data is None:
-        data = str(out / "phantoms")
-        say(f"making {PHANTOMS} synthetic ultrasound-like images in {data}")
-        make_phantoms(data, PHANTOMS, size=160, seed=0)
-    run = train(
-        TrainConfig(
-            data=data,
-            out=str(out / "run"),
-            encoder="efficientnet-b0",
-            size=size,
-            epochs=epochs,
-            gate_epochs=GATE_EPOCHS,
-            learning_rate=1e-3,
-            bn_momentum=0.1,  # a demo has too few steps for the paper's 0.01
-            threads=threads,
-        ),
-        console=console,
-    )
+        say(f"making {PHANTOMS} synthetic ultrasound-like images in {config.data}")
+        make_phantoms(config.data, PHANTOMS, size=160, seed=0)
+    run = train(config, console=console)
     result = evaluate(EvaluateConfig(model=str(run), threads=threads), console=console)
     from bti_fast.data import read_dataset
 
