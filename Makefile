@@ -41,8 +41,10 @@ kernel-report: $(VENV)/.test
 sanitize: $(VENV)/.test
 	PYTHON="$(abspath $(BIN)/python)" csrc/sanitize.sh
 
-# Everything that needs a GPU, in steps (STEPS="contract graphs" for some); uses the environment's own Python.
+# Everything that needs a GPU, in steps (STEPS="contract graphs" for some). Uses the environment's own Python, and
+# compiles for the torch that is there; of our dependencies it installs none.
 gpu:
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 	$(PYTHON) benchmarks/gpu.py $(STEPS)
 
 clean:

@@ -152,7 +152,7 @@ def run_step(step: str, scratch: Path) -> dict:
 
 
 def main() -> int:
-    """Runs the steps asked for and writes the results after each; 1 where one failed, 2 without a GPU."""
+    """Runs the steps asked for and writes the results after each; 1 where one failed, 2 where none can."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("steps", nargs="*", choices=[*STEPS, []], metavar="step", help=", ".join(STEPS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -164,6 +164,12 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu: torch finds no GPU here; nothing was run")
         return 2
+    from bti_fast import _library
+
+    for name in ("cpu", "cuda"):
+        if missing := _library.load(name):
+            print(f"gpu: {missing}; install first: pip install --no-build-isolation --no-deps -e {ROOT}")
+            return 2
     if chosen.inside:
         numbers = run_inside(chosen.inside)
         if chosen.numbers:
