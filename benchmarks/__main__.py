@@ -83,13 +83,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     out.add_argument(
         "--report", type=Path, metavar="PAGE", help="write a report page (HTML, needs matplotlib)"
     )
-    out.add_argument("--load", type=Path, nargs="+", metavar="FILE", help="measure nothing; use these tables")
-    out.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two tables")
-    out.add_argument(
-        "--threshold", type=float, default=0.15, metavar="X", help="of --compare (default: 0.15)"
+    instead = out.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--load", type=Path, nargs="+", metavar="FILE", help="measure nothing; use these tables"
+    )
+    instead.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two tables")
+    instead.add_argument(
+        "--readme", action="store_true", help="rewrite the README's figures from benchmarks/results"
     )
     out.add_argument(
-        "--readme", action="store_true", help="rewrite the README's figures from benchmarks/results"
+        "--threshold", type=float, default=0.15, metavar="X", help="of --compare (default: 0.15)"
     )
     options = parser.parse_args(arguments)
     options.compile = (
@@ -102,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
     """Measures the cases asked for and prints, saves and reports them."""
     import torch
 
+    from bti_fast.engine.files import output_folder
     from bti_fast.memory import keep_freed_memory
 
     from . import table
@@ -109,13 +113,15 @@ def run(options: argparse.Namespace) -> int:
     from .measure import Settings, blank, machine_rows, measure
     from .peers import Choice
     from .registry import DEFAULT_GROUP, GROUPS, cases, select
-    from .rows import save
+    from .rows import read, save
     from .whole_network import Network, measure_networks
 
     for name in ("threads", "batch"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}: found {value}, needed at least 1")
+    if not options.seconds > 0:
+        raise UserError(f"--seconds: found {options.seconds}, needed a positive number")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     groups = options.group or (GROUPS if options.full else (DEFAULT_GROUP,))
@@ -123,6 +129,11 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(f"{case.group:18} {case}" for case in chosen))
         return 0
+    for path in (options.save, options.report):  # what is measured may take an hour
+        if path is not None:
+            output_folder(path.parent)
+    if options.save and options.save.exists():
+        read(options.save)
     torch.set_num_threads(options.threads)
     choice = Choice(options.compile, options.max_autotune or options.full, isas=tuple(options.isa))
     settings = Settings(options.device, options.threads, options.seconds, choice)
@@ -194,7 +205,7 @@ def compare_tables(options: argparse.Namespace) -> int:
     from .compare import changes, describe
     from .rows import read
 
-    if options.threshold <= 0:
+    if not options.threshold > 0:
         raise UserError(f"--threshold: found {options.threshold}, needed a positive share such as 0.15")
     old, new = (read(path) for path in options.compare)
     lines, worse = describe(changes(old, new), options.threshold)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bti_fast.engine import report
 from bti_fast.engine.figures import svg
+from bti_fast.engine.files import output_folder
 from bti_fast.errors import UserError
 
 from . import plots, table
@@ -51,7 +52,7 @@ def write_report(path: Path, rows: Iterable[Row]) -> None:
         "Method": report.note(METHOD),
         "All rows": _all(measured),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    output_folder(path.parent)
     report.write_page(path, "Benchmarks", f"{devices}; {versions}; {dates[0]} to {dates[-1]}", sections)
 
 

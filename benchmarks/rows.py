@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from bti_fast.engine.files import write_csv
+from bti_fast.engine.files import output_folder, write_csv
 from bti_fast.errors import UserError
 
 TIME, PEAK, EXTRA, SKIPPED = "ms", "peak MB", "extra MB", "skipped"
@@ -98,7 +98,7 @@ def save(path: Path, rows: Iterable[Row]) -> list[Row]:
     # A case is measured anew as a whole: an old peer beside a new row of ours would be no comparison.
     again = {row.case for row in new}
     merged = {key: row for key, row in merged.items() if row.case not in again} | {r.key: r for r in new}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    output_folder(path.parent)
     write_csv(path, [_cells(row) for row in merged.values()], COLUMNS)
     return list(merged.values())
 

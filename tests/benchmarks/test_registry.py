@@ -134,6 +134,10 @@ def test_every_kernel_and_group_has_cases():
         (["--level", "9"], "--level: found 9, needed 1, 2, 3 or 4"),
         (["--only", "BTINet"], "no case of BTINet in levels"),
         (["--threads", "0"], "--threads: found 0, needed at least 1"),
+        (["--seconds", "nan"], "--seconds: found nan, needed a positive number"),
+        (["--save", "/dev/null/rows.csv"], "/dev/null: output folder cannot be written"),
+        (["--report", "/dev/null/page.html"], "/dev/null: output folder cannot be written"),
+        (["--compare", "a", "b", "--threshold", "nan"], "--threshold: found nan"),
     ],
 )
 def test_a_wrong_option_is_one_line(capsys, arguments, line):
