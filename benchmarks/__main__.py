@@ -68,6 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--isa",
         nargs="+",
         default=["auto"],
+        choices=("auto", "portable", "avx2", "avx512"),
         metavar="NAME",
         help="instruction sets: auto, portable, avx2, avx512",
     )

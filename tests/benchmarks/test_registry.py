@@ -123,6 +123,12 @@ def test_every_kernel_and_group_has_cases():
     assert len(select(everything, ["cross_attention"])) == 5 and len(select(everything, level=3)) == 4
 
 
+def test_an_instruction_set_that_there_is_not_is_a_mistake(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--isa", "auto", "sse9", "--list"])
+    assert stop.value.code == 2 and "invalid choice: 'sse9'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -45,6 +45,14 @@ def test_help_comes_without_torch() -> None:
     assert "typing" not in done.stdout and "Optional" not in done.stdout
 
 
+def test_the_package_is_the_command() -> None:
+    command = [sys.executable, "-m", "bti_fast"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for arguments, code in ((["--version"], 0), (["data"], 2)):
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == code and (done.stdout + done.stderr).startswith("bti-fast")
+
+
 def test_every_option_has_a_sentence_of_help() -> None:
     parser = build_parser()
     commands = next(a for a in parser._actions if a.choices and "train" in a.choices).choices
