@@ -47,7 +47,7 @@ def calibrate(
     chosen for other confidences. UserError for bad input and where validation has neither mask nor class.
     """
     console = console or Console(stderr=True)
-    subject, folder = open_subject(config, "calibration", RESULT, encoder, console)
+    subject, folder = open_subject(config, "calibration", RESULT, encoder, console, stores=True)
     if subject.model.config["seg_classes"] != 1:
         raise UserError(f"{subject.weights}: has several mask classes; calibration knows lesion or not")
     stale = dict(subject.model.metadata)

@@ -49,7 +49,7 @@ def failures(
     UserError for bad input, such as an ensemble of other classes or a signal that the network does not have.
     """
     console = console or Console(stderr=True)
-    subject, folder = open_subject(config, "failures", RESULT, encoder, console)
+    subject, folder = open_subject(config, "failures", RESULT, encoder, console, stores=True)
     members = _members(config, subject, encoder)
     val, test = subject.cases("val"), subject.cases("test")
     val_rows, rows = (subject.rows(cases, config.batch_size) for cases in (val, test))

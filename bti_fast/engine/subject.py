@@ -83,10 +83,13 @@ def open_subject(
     marker: str,
     encoder: torch.nn.Module | None = None,
     console: Console | None = None,
+    *,
+    stores: bool = False,
 ) -> tuple[Subject, Path]:
     """The network and data that config names, and the output folder, by default RUN/command.
 
-    UserError for bad input, before anything is computed; a folder that already holds marker is refused.
+    UserError for bad input, before anything is computed: a folder that already holds marker or cannot be
+    written, or weights that cannot where the command stores something with them.
     """
     console = console or Console(stderr=True)
     config = config.checked()
@@ -97,6 +100,8 @@ def open_subject(
         raise UserError(f"{weights}: lies in no run folder, so name the images with --data PATH")
     target = Path(config.out) if config.out is not None else run / command
     folder = output_folder(target, marker=marker, overwrite=config.overwrite)
+    if stores:
+        output_folder(weights.parent)
     device = choose_device(config.device)
     prepare_cpu(config.threads)
     model = run_folder.load_model(weights, encoder)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -180,3 +181,19 @@ def test_what_does_not_fit_is_named(run: Path, phantoms: Path, tmp_path: Path) -
     found, _ = run_failures(tmp_path / "other", passes=0)  # no masks: judged by the class alone
     tested = read_split(tmp_path / "other", read_dataset(tmp_path / "two"))["test"]
     assert found.signals["class_entropy"]["count"] == len(tested) > 0
+
+
+def test_weights_that_cannot_be_written_are_told_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = tempfile.NamedTemporaryFile
+
+    def refused_in_the_run(*, dir: Path, **more: object):  # root may write everywhere
+        if Path(dir) == run:
+            raise PermissionError(13, "Permission denied")
+        return make(dir=dir, **more)
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refused_in_the_run)
+    for config, command in ((CalibrateConfig, calibrate), (FailuresConfig, failures)):
+        with pytest.raises(UserError, match=r"run: output folder cannot be written \(Permission denied\)"):
+            command(config(model=str(run), out=str(tmp_path / "out"), data="not looked at"))
