@@ -225,14 +225,14 @@ void algebra_context_backward(const Algebra& a) {
     }
     store_first(along, a.grad_bn_weight + f, left);
     store_first(total, a.grad_bn_bias + f, left);
-    const float share = a.training ? 1 / static_cast<float>(batch) : 0;
     store_first(a.training ? VecF{} : -(total * weight * inverse), a.grad_bn_mean + f, left);
     store_first(a.training ? VecF{} : along * weight * inverse * inverse * -0.5f, a.grad_bn_var + f, left);
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t i = b * features + f;
-      const VecF centred =
-          load_first(a.grad_ctx + i, left) - share * (total + load_first(a.normal + i, left) * along);
-      const VecF grad = centred * weight * inverse;
+      VecF grad = load_first(a.grad_ctx + i, left);
+      // Only the batch's own statistics mix the samples: otherwise a NaN stays in its own.
+      if (a.training) grad -= (total + load_first(a.normal + i, left) * along) / static_cast<float>(batch);
+      grad = grad * weight * inverse;
       store_first(load_first(a.active + i, left) <= 0 ? VecF{} : grad, a.grad_fc + i, left);
     }
   });

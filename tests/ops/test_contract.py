@@ -170,6 +170,9 @@ def test_nan_and_inf_stay_in_their_sample(case, backend, poison):
     for out, dirty_out, eager_out in zip(expected, got, eager, strict=True):
         torch.testing.assert_close(dirty_out[0], out[0], rtol=0, atol=0)
         assert torch.equal(torch.isfinite(dirty_out), torch.isfinite(eager_out))
+    with bti_fast.backend(backend):
+        (_, (clean_grad, *_)), (_, (dirty_grad, *_)) = (value_and_gradients(case, x) for x in (clean, dirty))
+    torch.testing.assert_close(dirty_grad[0], clean_grad[0], rtol=0, atol=0)
 
 
 @PAIRS
