@@ -7,8 +7,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-OUT ?= demo
 DATA ?=
+OUT ?= $(if $(DATA),demo-data,demo)
 THREADS ?= 2
 TEST_PROCESSES ?= 4
 
@@ -19,7 +19,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard _build_backend/*.py
 
 demo: $(VENV)/.train
 	$(BIN)/bti-fast doctor
-	$(BIN)/bti-fast demo --out $(OUT) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/bti-fast demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
 	$(BIN)/bti-fast benchmark --level 3 --seconds 1 --threads $(THREADS)
 	@echo "Pictures and reports: $(OUT)"
 
