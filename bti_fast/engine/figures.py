@@ -23,8 +23,8 @@ _numbers = itertools.count()
 
 
 def line_styles() -> Iterator[dict[str, str]]:
-    """Colour and dashes of one line after the other, no two alike: all colours solid, then dashed."""
-    for dashes in ("-", "--", ":", "-."):
+    """Colour and dashes of one line after the other without end: all colours solid, then dashed and so on."""
+    for dashes in itertools.cycle(("-", "--", ":", "-.")):
         for colour in COLOURS:
             yield {"color": colour, "linestyle": dashes}
 
@@ -55,7 +55,7 @@ def roc(found: Mapping[str, Mapping[str, Any] | None]) -> Figure:
     """One-against-the-rest ROC curves, as metrics.roc_curves gives them."""
     figure, axes = new_figure(4.4, 4.2)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
-    for (name, curve), style in zip(found.items(), itertools.cycle(line_styles()), strict=False):
+    for (name, curve), style in zip(found.items(), line_styles(), strict=False):
         if curve is None:
             axes.plot([], [], **style, label=f"{name}: n/a")
         else:
@@ -84,7 +84,7 @@ def reliability(found: Mapping[str, Sequence[Any]], ece: float | None, title: st
 def risk_coverage(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Failure rate among the accepted cases, as metrics.risk_coverage gives it for each signal."""
     figure, axes = new_figure(4.8, 5.0)
-    for (name, curve), style in zip(found.items(), itertools.cycle(line_styles()), strict=False):
+    for (name, curve), style in zip(found.items(), line_styles(), strict=False):
         if curve["coverage"]:
             aurc = "n/a" if curve["aurc"] is None else f"{curve['aurc']:.3f}"
             label = f"{name.replace('_', ' ')}: {aurc}"

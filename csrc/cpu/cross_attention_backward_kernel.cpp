@@ -1,6 +1,7 @@
 // Backward sweep of cross_attention over one split of the dense tokens: dS as in cross_attention_gradient.h, and from it
 //   dv_k += P_row' dO_q    dv_q = P_col dO_k    dq = scale dS k    dk += scale dS' q
 #include "cpu/cross_attention_gradient.h"
+#include "cpu/with_dtype.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {
@@ -134,11 +135,7 @@ void backward_tasks(const CrossBackward& job, int64_t begin, int64_t end, float*
 }  // namespace
 
 void cross_backward(const CrossBackward& job, int64_t begin, int64_t end, float* scratch) {
-  switch (job.shape.dtype) {
-    case Dtype::float16: return backward_tasks<Half>(job, begin, end, scratch);
-    case Dtype::bfloat16: return backward_tasks<BFloat16>(job, begin, end, scratch);
-    default: return backward_tasks<float>(job, begin, end, scratch);
-  }
+  with_dtype(job.shape.dtype, [&](auto x) { backward_tasks<decltype(x)>(job, begin, end, scratch); });
 }
 
 }  // namespace BTI_FAST_ISA

@@ -1,6 +1,7 @@
 // Results of cross_attention on the class side: the parts that the splits of the dense tokens left, put together in the
 // order of the splits.
 #include "cpu/cross_attention_tile.h"
+#include "cpu/with_dtype.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {
@@ -80,19 +81,11 @@ void combine_heads(const Job& job, int64_t begin, int64_t end) {
 }  // namespace
 
 void cross_forward_combine(const CrossForward& job, int64_t begin, int64_t end) {
-  switch (job.shape.dtype) {
-    case Dtype::float16: return combine_heads<Half>(job, begin, end);
-    case Dtype::bfloat16: return combine_heads<BFloat16>(job, begin, end);
-    default: return combine_heads<float>(job, begin, end);
-  }
+  with_dtype(job.shape.dtype, [&](auto x) { combine_heads<decltype(x)>(job, begin, end); });
 }
 
 void cross_backward_combine(const CrossBackward& job, int64_t begin, int64_t end) {
-  switch (job.shape.dtype) {
-    case Dtype::float16: return combine_heads<Half>(job, begin, end);
-    case Dtype::bfloat16: return combine_heads<BFloat16>(job, begin, end);
-    default: return combine_heads<float>(job, begin, end);
-  }
+  with_dtype(job.shape.dtype, [&](auto x) { combine_heads<decltype(x)>(job, begin, end); });
 }
 
 }  // namespace BTI_FAST_ISA

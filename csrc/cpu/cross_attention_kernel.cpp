@@ -6,6 +6,7 @@
 // Other tiles ("wide"): each row has its own peak, each column a running one. Once a split has met a wide tile it
 // expects more, so the plain attempt is dropped. The choice depends on the numbers alone, never on threads.
 #include "cpu/cross_attention_few.h"
+#include "cpu/with_dtype.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {
@@ -324,11 +325,7 @@ void forward_tasks(const CrossForward& job, int64_t begin, int64_t end, float* s
 }  // namespace
 
 void cross_forward(const CrossForward& job, int64_t begin, int64_t end, float* scratch) {
-  switch (job.shape.dtype) {
-    case Dtype::float16: return forward_tasks<Half>(job, begin, end, scratch);
-    case Dtype::bfloat16: return forward_tasks<BFloat16>(job, begin, end, scratch);
-    default: return forward_tasks<float>(job, begin, end, scratch);
-  }
+  with_dtype(job.shape.dtype, [&](auto x) { forward_tasks<decltype(x)>(job, begin, end, scratch); });
 }
 
 }  // namespace BTI_FAST_ISA

@@ -12,6 +12,7 @@
 
 #include "cpu/entropy_block.h"
 #include "cpu/rows.h"
+#include "cpu/with_dtype.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {
@@ -48,11 +49,7 @@ void entropy_of_tile(const FeatureMap& logits, int64_t b, int64_t p0, int64_t n,
 }
 
 void entropy_of_tile(const FeatureMap& logits, int64_t b, int64_t p0, int64_t n, float* u) {
-  switch (logits.dtype) {
-    case Dtype::float16: return entropy_of_tile<Half>(logits, b, p0, n, u);
-    case Dtype::bfloat16: return entropy_of_tile<BFloat16>(logits, b, p0, n, u);
-    default: return entropy_of_tile<float>(logits, b, p0, n, u);
-  }
+  with_dtype(logits.dtype, [&](auto x) { entropy_of_tile<decltype(x)>(logits, b, p0, n, u); });
 }
 
 struct Gate {
@@ -240,11 +237,7 @@ void logits_of_tile(const FusionBackward& job, int64_t b, int64_t p0, int64_t n,
 }
 
 void logits_of_tile(const FusionBackward& job, int64_t b, int64_t p0, int64_t n, const float* du) {
-  switch (job.logits.dtype) {
-    case Dtype::float16: return logits_of_tile<Half>(job, b, p0, n, du);
-    case Dtype::bfloat16: return logits_of_tile<BFloat16>(job, b, p0, n, du);
-    default: return logits_of_tile<float>(job, b, p0, n, du);
-  }
+  with_dtype(job.logits.dtype, [&](auto x) { logits_of_tile<decltype(x)>(job, b, p0, n, du); });
 }
 
 template <typename T>
@@ -309,19 +302,11 @@ void backward_tiles(const FusionBackward& job, int64_t begin, int64_t end) {
 }  // namespace
 
 void fusion_forward(const FusionForward& job, int64_t begin, int64_t end) {
-  switch (job.x.dtype) {
-    case Dtype::float16: return forward_tiles<Half>(job, begin, end);
-    case Dtype::bfloat16: return forward_tiles<BFloat16>(job, begin, end);
-    default: return forward_tiles<float>(job, begin, end);
-  }
+  with_dtype(job.x.dtype, [&](auto x) { forward_tiles<decltype(x)>(job, begin, end); });
 }
 
 void fusion_backward(const FusionBackward& job, int64_t begin, int64_t end) {
-  switch (job.x.dtype) {
-    case Dtype::float16: return backward_tiles<Half>(job, begin, end);
-    case Dtype::bfloat16: return backward_tiles<BFloat16>(job, begin, end);
-    default: return backward_tiles<float>(job, begin, end);
-  }
+  with_dtype(job.x.dtype, [&](auto x) { backward_tiles<decltype(x)>(job, begin, end); });
 }
 
 }  // namespace BTI_FAST_ISA

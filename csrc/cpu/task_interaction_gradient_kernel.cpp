@@ -11,6 +11,7 @@
 #include "cpu/rows.h"
 #include "cpu/task_interaction.h"
 #include "cpu/transpose.h"
+#include "cpu/with_dtype.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {
@@ -284,11 +285,7 @@ void gradient_tasks(const InteractionPass& pass, int64_t begin, int64_t end) {
 }  // namespace
 
 void interaction_gradient(const InteractionPass& pass, int64_t begin, int64_t end) {
-  switch (pass.x.dtype) {
-    case Dtype::float16: return gradient_tasks<Half>(pass, begin, end);
-    case Dtype::bfloat16: return gradient_tasks<BFloat16>(pass, begin, end);
-    default: return gradient_tasks<float>(pass, begin, end);
-  }
+  with_dtype(pass.x.dtype, [&](auto x) { gradient_tasks<decltype(x)>(pass, begin, end); });
 }
 
 }  // namespace BTI_FAST_ISA

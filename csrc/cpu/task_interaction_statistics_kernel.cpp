@@ -7,6 +7,7 @@
 #include "cpu/rows.h"
 #include "cpu/task_interaction.h"
 #include "cpu/transpose.h"
+#include "cpu/with_dtype.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {
@@ -285,43 +286,27 @@ void apply_tile(const InteractionPass& pass, int64_t task) {
     }
 }
 
-template <typename Tag>
-using Storage = typename Tag::type;
-template <typename T>
-struct Tag {
-  using type = T;
-};
-
-template <typename Call>
-void with_dtype(Dtype dtype, const Call& call) {
-  switch (dtype) {
-    case Dtype::float16: return call(Tag<Half>{});
-    case Dtype::bfloat16: return call(Tag<BFloat16>{});
-    default: return call(Tag<float>{});
-  }
-}
-
 }  // namespace
 
 void interaction_statistics(const InteractionPass& pass, int64_t begin, int64_t end) {
   Scratch scratch(pass);
-  with_dtype(pass.x.dtype, [&](auto tag) {
-    for (int64_t task = begin; task < end; ++task) forward_tile<Storage<decltype(tag)>>(pass, task, scratch);
+  with_dtype(pass.x.dtype, [&](auto x) {
+    for (int64_t task = begin; task < end; ++task) forward_tile<decltype(x)>(pass, task, scratch);
   });
 }
 
 void interaction_apply(const InteractionPass& pass, int64_t begin, int64_t end) {
-  with_dtype(pass.x.dtype, [&](auto tag) {
+  with_dtype(pass.x.dtype, [&](auto x) {
     // Backwards: what the statistics read last is still in the cache.
-    for (int64_t task = end - 1; task >= begin; --task) apply_tile<Storage<decltype(tag)>>(pass, task);
+    for (int64_t task = end - 1; task >= begin; --task) apply_tile<decltype(x)>(pass, task);
   });
 }
 
 void interaction_backward_statistics(const InteractionPass& pass, int64_t begin, int64_t end) {
   Scratch scratch(pass);
   Buffer<int32_t> fours(groups_of_four(pass.hidden) * kPanel);
-  with_dtype(pass.x.dtype, [&](auto tag) {
-    for (int64_t task = begin; task < end; ++task) backward_tile<Storage<decltype(tag)>>(pass, task, scratch, fours);
+  with_dtype(pass.x.dtype, [&](auto x) {
+    for (int64_t task = begin; task < end; ++task) backward_tile<decltype(x)>(pass, task, scratch, fours);
   });
 }
 
