@@ -105,8 +105,8 @@ class BTINet(nn.Module):
     image_mean, image_std: per channel, in units of 0..1; None takes ImageNet's for three channels, their
     average otherwise. They are stored with the weights.
     image_size is a note of the size trained at, and restricts nothing.
-    Set `activation_checkpointing` to train in about half the memory: blocks of the network are then computed
-    again in the backward pass instead of keeping their activations; results are the same.
+    Set `activation_checkpointing` to train in about two thirds of the memory: blocks over large maps are then
+    computed again in the backward pass instead of keeping their activations; results are the same.
     Raises ValueError or TypeError naming the argument; UserError for an unusable file of weights.
     """
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 def checkpointed(function: Callable[..., Any], module: nn.Module, *inputs: Any) -> Any:
     """function(*inputs), whose activations are computed again in the backward pass instead of kept.
 
-    Gradients, dropout and the running statistics of `module`, whose layers `function` runs, are the same as
-    without. Source: torch.utils.checkpoint, which alone would update running statistics twice.
+    Not so where the largest input map has more channels than positions: what is computed over it is little to
+    keep and long to compute. Gradients, dropout and the running statistics of `module`, whose layers
+    `function` runs, are the same as without. Source: torch.utils.checkpoint, which alone would update running
+    statistics twice.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _worth_it(inputs):
         return function(*inputs)
     return checkpoint(
         function,
@@ -26,6 +28,12 @@ def checkpointed(function: Callable[..., Any], module: nn.Module, *inputs: Any) 
         use_reentrant=False,
         context_fn=lambda: (nullcontext(), statistics_kept(module)),
     )
+
+
+def _worth_it(inputs: Iterable[Any]) -> bool:
+    maps = [x for x in inputs if isinstance(x, Tensor) and x.ndim == 4]
+    largest = max(maps, key=Tensor.numel)
+    return largest.shape[2] * largest.shape[3] >= largest.shape[1]
 
 
 @contextmanager
