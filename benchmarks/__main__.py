@@ -49,7 +49,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what is measured")
     what.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="operators or modules, by name")
-    what.add_argument("--group", nargs="+", metavar="GROUP", help="groups of cases (default: levels)")
+    what.add_argument(
+        "--group",
+        nargs="+",
+        metavar="GROUP",
+        help="groups of cases (default: levels, or where the kernels of --only are at home)",
+    )
     what.add_argument(
         "--full", action="store_true", help="every group, torch.compile and max-autotune everywhere"
     )
@@ -113,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
     from .harness import MODES
     from .measure import Settings, blank, machine_rows, measure
     from .peers import Choice
-    from .registry import DEFAULT_GROUP, GROUPS, cases, select
+    from .registry import GROUPS, cases, select
     from .rows import read, save
     from .whole_network import Network, measure_networks
 
@@ -125,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--seconds: found {options.seconds}, needed a positive number")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
-    groups = options.group or (GROUPS if options.full else (DEFAULT_GROUP,))
+    groups = options.group or (GROUPS if options.full else ())
     chosen = select(cases(options.batch, options.device), options.only, groups, options.level)
     if options.list:
         print("\n".join(f"{case.group:18} {case}" for case in chosen))
@@ -175,14 +180,12 @@ def run(options: argparse.Namespace) -> int:
 
 def load_tables(options: argparse.Namespace) -> int:
     """Prints, reports and, with --save, gathers tables that were measured before."""
+    from .registry import named
     from .rows import MACHINE, read, save
 
     rows = [row for path in options.load for row in read(path)]
-    known = list(dict.fromkeys(row.kernel for row in rows if row.kernel != MACHINE))
-    for name in options.only:
-        if name not in known:
-            raise UserError(f"--only: found {name!r}, needed one of {', '.join(known)}")
-    rows = [row for row in rows if not options.only or row.kernel in (*options.only, MACHINE)]
+    kernels = named(options.only, list(dict.fromkeys(row.kernel for row in rows if row.kernel != MACHINE)))
+    rows = [row for row in rows if not kernels or row.kernel in (*kernels, MACHINE)]
     if options.save:
         save(options.save, rows)
     return finish(options, rows)

@@ -7,7 +7,7 @@ import torch
 
 from .harness import MODES, Case
 from .peers import Choice, providers
-from .registry import DEFAULT_GROUP, GROUPS, cases, select
+from .registry import GROUPS, cases, select
 from .whole_network import Network
 
 
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     config = metafunc.config
-    groups = config.getoption("--group") or (GROUPS if config.getoption("--full") else (DEFAULT_GROUP,))
+    groups = config.getoption("--group") or (GROUPS if config.getoption("--full") else ())
     everything = cases(device=config.getoption("--device"))
     chosen = select(everything, config.getoption("--only"), groups, config.getoption("--level"))
     kind = Network if metafunc.function.__name__ == "test_network" else Case

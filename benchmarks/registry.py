@@ -15,7 +15,7 @@ from .whole_network import INTERACTIONS, Network
 OPERATORS = ("entropy_uncertainty", "gated_fusion", "task_interaction", "cross_attention")
 MODULES = ("GatedInteraction proxy", "GatedInteraction entropy", "GatedInteraction attention")
 KERNELS = (*OPERATORS, *MODULES, "BTINet")
-DEFAULT_GROUP = "levels"
+DEFAULT_GROUP = "levels"  # of the operators
 GROUPS = (
     DEFAULT_GROUP,
     "batch 1",
@@ -52,24 +52,25 @@ def cases(batch: int | None = None, device: str = "cpu") -> list[Case | Network]
 def select(
     found: Iterable[Case | Network],
     only: Sequence[str] = (),
-    groups: Sequence[str] = (DEFAULT_GROUP,),
+    groups: Sequence[str] = (),
     level: int | None = None,
 ) -> list[Case | Network]:
     """Those of the kernels, groups and level asked for.
 
-    An operator's name stands for its modules' too if nothing else has it. UserError for an unknown name, or
-    where nothing is left.
+    Without groups: those that the kernels asked for are at home in, "levels" if none is. UserError for an
+    unknown name, or where nothing is left.
     """
-    for what, names, known in (("--only", only, KERNELS), ("--group", groups, GROUPS)):
-        for name in names:
-            if name not in known:
-                raise UserError(f"{what}: found {name!r}, needed one of {', '.join(known)}")
+    kernels = named(only, KERNELS)
+    for group in groups:
+        if group not in GROUPS:
+            raise UserError(f"--group: found {group!r}, needed one of {', '.join(GROUPS)}")
     if level is not None and level not in (1, 2, 3, 4):
         raise UserError(f"--level: found {level}, needed 1, 2, 3 or 4")
+    groups = groups or {_home(kernel) for kernel in kernels} or (DEFAULT_GROUP,)
     chosen = [
         case
         for case in found
-        if case.group in groups and (not only or case.kernel in only) and level in (None, case.level)
+        if case.group in groups and (not kernels or case.kernel in kernels) and level in (None, case.level)
     ]
     if not chosen:
         raise UserError(
@@ -77,6 +78,26 @@ def select(
             + (f" at level {level}" if level else "")
         )
     return chosen
+
+
+def named(only: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The known kernels that --only asks for; "GatedInteraction" stands for all three of its kinds.
+
+    UserError for a name that is none of theirs.
+    """
+    kernels = []
+    for name in only:
+        found = [kernel for kernel in known if name in (kernel, kernel.split()[0])]
+        if not found:
+            raise UserError(f"--only: found {name!r}, needed one of {', '.join(known)}")
+        kernels += found
+    return kernels
+
+
+def _home(kernel: str) -> str:
+    if kernel in OPERATORS:
+        return DEFAULT_GROUP
+    return "module" if kernel in MODULES else "network"
 
 
 def _levels(batch: int, device: str, attention_batch: int | None = None) -> list[Case]:

@@ -121,6 +121,10 @@ def test_every_kernel_and_group_has_cases():
     four = select(everything, ["task_interaction"])
     assert [case.size for case in four] == ["8x384x14x14", "8x192x28x28", "8x96x56x56", "8x48x112x112"]
     assert len(select(everything, ["cross_attention"])) == 5 and len(select(everything, level=3)) == 4
+    modules = {case.kernel for case in select(everything, ["GatedInteraction"])}
+    assert modules == {f"GatedInteraction {kind}" for kind in ("proxy", "entropy", "attention")}
+    assert {case.group for case in select(everything, ["BTINet", "gated_fusion"])} == {"network", "levels"}
+    assert {case.group for case in select(everything, ["BTINet"], ["network", "levels"])} == {"network"}
 
 
 def test_an_instruction_set_that_there_is_not_is_a_mistake(capsys):
