@@ -142,7 +142,7 @@ def test_an_instruction_set_that_there_is_not_is_a_mistake(capsys):
         ),
         (["--group", "levelz"], "--group: found 'levelz', needed one of levels, batch 1"),
         (["--level", "9"], "--level: found 9, needed 1, 2, 3 or 4"),
-        (["--only", "BTINet"], "no case of BTINet in levels"),
+        (["--only", "BTINet", "--group", "levels"], "no case of BTINet in levels"),
         (["--threads", "0"], "--threads: found 0, needed at least 1"),
         (["--seconds", "nan"], "--seconds: found nan, needed a positive number"),
         (["--save", "/dev/null/rows.csv"], "/dev/null: output folder cannot be written"),
