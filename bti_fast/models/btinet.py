@@ -18,6 +18,7 @@ from bti_fast.nn.blocks import BN_EPS, BN_MOMENTUM, AttentionGate, ResidualBlock
 from bti_fast.nn.checkpointing import checkpointed
 from bti_fast.nn.folding import fold
 from bti_fast.nn.interaction import FixedInteraction, GatedInteraction
+from bti_fast.nn.up_conv import UpConv
 
 INTERACTIONS = ("encoder-sharing", "none", "fixed", "proxy", "entropy", "attention")
 WITHOUT_EXCHANGE = ("encoder-sharing", "none")
@@ -66,28 +67,6 @@ class DecoderLevel(nn.Module):
         up = self.up(below, skip.shape[2:])
         seg = self.dropout(self.block(torch.cat((up, self.gate(skip, up)), 1)))
         return seg, None if self.features is None else F.relu(self.features(pooled))
-
-
-class UpConv(nn.ConvTranspose2d):
-    """3x3 transposed convolution of stride 2, brought to a given size.
-
-    Its full output has 2n + 1 rows for n. Asked for 2n - 1 to 2n + 1, it drops the last ones: for 2n this is
-    the published code's "same" padding, for 2n - 1 it undoes an encoder that rounded an odd size up. Asked
-    for another size, which only encoders of other strides do, it interpolates bilinearly.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, stride=2)
-
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        height, width = size
-        if (
-            2 * x.shape[2] - 1 <= height <= 2 * x.shape[2] + 1
-            and 2 * x.shape[3] - 1 <= width <= 2 * x.shape[3] + 1
-        ):
-            return super().forward(x)[:, :, :height, :width]
-        full = super().forward(x)[:, :, :-1, :-1]
-        return F.interpolate(full, size=(height, width), mode="bilinear", align_corners=False)
 
 
 class BTINet(nn.Module):

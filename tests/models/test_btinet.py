@@ -10,8 +10,8 @@ from torch import nn
 
 from bti_fast.errors import UserError
 from bti_fast.models import BTINet
-from bti_fast.models.btinet import INTERACTIONS, WITHOUT_EXCHANGE, UpConv
-from tests.nn.golden import Golden, relative_error
+from bti_fast.models.btinet import INTERACTIONS, WITHOUT_EXCHANGE
+from tests.nn.golden import relative_error
 
 from .test_encoders import Bomb, Pyramid
 
@@ -23,19 +23,6 @@ def networks():
     """One small network of each interaction, for 1-channel images."""
     torch.manual_seed(0)
     return {kind: BTINet("efficientnet-b0", interaction=kind, in_channels=1).eval() for kind in INTERACTIONS}
-
-
-def test_upsampling_matches_the_published_framework(shared_dir):
-    golden = Golden(shared_dir / "golden" / "prim_conv2dtranspose_k3s2_same_5x6.npz")
-    up = UpConv(7, 4)
-    golden.fill({"l": up})
-    x = golden.leaf("in0")
-    out = up(x, (10, 12))
-    (out * golden.tensor("cot")).sum().backward()
-    assert relative_error(out, golden.tensor("out")) <= 1e-5
-    assert relative_error(x.grad, golden.tensor("grad_in0")) <= 1e-5
-    assert torch.equal(up(x, (9, 11)), out[:, :, :9, :11])
-    assert up(x, (20, 23)).shape == (2, 4, 20, 23)
 
 
 def test_the_published_network_has_the_published_size():

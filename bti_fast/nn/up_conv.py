@@ -1,0 +1,135 @@
+"""The decoders' transposed convolution, and a faster form of it for CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bti_fast.ops.straight import is_ordinary
+
+PART = 2**22  # products that are held at a time
+
+
+class UpConv(nn.ConvTranspose2d):
+    """3x3 transposed convolution of stride 2, brought to a given size.
+
+    Its full output has 2n + 1 rows for n. Asked for 2n - 1 to 2n + 1, it drops the last ones: for 2n this is
+    the published code's "same" padding, for 2n - 1 it undoes an encoder that rounded an odd size up. Asked
+    for another size, which only encoders of other strides do, it interpolates bilinearly.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=2)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        near = all(2 * n - 1 <= wanted <= 2 * n + 1 for n, wanted in zip(x.shape[2:], size, strict=True))
+        own = tuple(size) if near else tuple(2 * n for n in x.shape[2:])
+        if _as_products(x, self.weight, self.bias):
+            out = _UpConv.apply(x, self.weight, self.bias, *own)
+        else:
+            out = super().forward(x)[:, :, : own[0], : own[1]]
+        return out if near else F.interpolate(out, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _as_products(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether to multiply and add: for channels_last maps on a CPU this takes two thirds of the library's
+    time."""
+    return (
+        x.dtype == weight.dtype == bias.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and x.device.type == "cpu"
+        and is_ordinary((x, weight, bias))
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+class _UpConv(torch.autograd.Function):
+    """One product for all nine taps, whose results are added to every other row and column of the output.
+
+    x (B, C, H, W), weight (C, K, 3, 3), bias (K,) -> (B, K, height, width), channels_last.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, height, width):
+        matrix = _matrix(weight)
+        shape = len(x), len(bias), height, width
+        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        sums = out.permute(0, 2, 3, 1).copy_(bias)
+        for part in _parts(x, weight):
+            products = (_rows(x[part]) @ matrix).view(-1, *x.shape[2:], 9, len(bias))
+            for number, at, reached in _taps(x, height, width):
+                sums[part][at] += products[:, :, :, number][reached]
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return *_gradients_of_library(grad, x, weight, ctx.needs_input_grad), None, None
+        x_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
+        matrix = _matrix(weight)
+        rows = grad.permute(0, 2, 3, 1)
+        grad_x = torch.empty_like(x) if x_needed else None
+        grad_matrix = torch.zeros_like(matrix) if weight_needed else None
+        products = None
+        for part in _parts(x, weight):
+            if products is None:  # zeros stay where a tap reaches beyond the output
+                products = x.new_zeros(len(x[part]), *x.shape[2:], 9, weight.shape[1])
+            products = products[: len(x[part])]
+            for number, at, reached in _taps(x, *grad.shape[2:]):
+                products[:, :, :, number][reached] = rows[part][at]
+            flat = products.view(-1, matrix.shape[1])
+            if x_needed:
+                torch.mm(flat, matrix.T, out=_rows(grad_x[part]))
+            if weight_needed:
+                grad_matrix.addmm_(_rows(x[part]).T, flat)
+        grad_weight = None
+        if weight_needed:
+            grad_weight = grad_matrix.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
+        return grad_x, grad_weight, rows.sum((0, 1, 2)) if bias_needed else None, None, None
+
+
+def _gradients_of_library(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple:
+    """What autograd knows the gradients of. The library wants the last rows that were dropped."""
+    missing = [2 * n + 1 - have for n, have in zip(x.shape[2:], grad.shape[2:], strict=True)]
+    return torch.ops.aten.convolution_backward(
+        F.pad(grad, (0, missing[1], 0, missing[0])),
+        x,
+        weight,
+        [weight.shape[1]],
+        *([2, 2], [0, 0], [1, 1], True, [0, 0], 1),
+        list(needed[:3]),
+    )
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(C, K, 3, 3) -> (C, 9·K), a view of a channels_last weight."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Channels_last (B, C, H, W) -> (B·H·W, C), a view."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
+def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
+    """As many samples at a time as PART allows."""
+    step = max(1, PART // (x.shape[2] * x.shape[3] * 9 * weight.shape[1]))
+    for start in range(0, len(x), step):
+        yield slice(start, start + step)
+
+
+def _taps(x: Tensor, height: int, width: int) -> Iterator[tuple[int, tuple, tuple]]:
+    """Each tap's number, where it adds to the output (B, height, width, K), and what of x reaches there."""
+    for number in range(9):
+        down, right = divmod(number, 3)
+        high, wide = min(x.shape[2], (height - down + 1) // 2), min(x.shape[3], (width - right + 1) // 2)
+        at = slice(down, down + 2 * high - 1, 2), slice(right, right + 2 * wide - 1, 2)
+        yield number, (slice(None), *at), (slice(None), slice(high), slice(wide))
