@@ -58,10 +58,11 @@ class _UpConv(torch.autograd.Function):
         shape = len(x), len(bias), height, width
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
         sums = out.permute(0, 2, 3, 1).copy_(bias)
-        for part in _parts(x, weight):
-            products = (_rows(x[part]) @ matrix).view(-1, *x.shape[2:], 9, len(bias))
-            for number, at, reached in _taps(x, height, width):
-                sums[part][at] += products[:, :, :, number][reached]
+        for samples, rows in _parts(x, weight):
+            part = x[samples, :, rows]
+            products = (_flat(part) @ matrix).view(len(part), *part.shape[2:], 9, len(bias))
+            for number, at, (high, wide) in _taps(part, rows.start, height, width):
+                sums[samples][at] += products[:, :high, :wide, number]
         return out
 
     @staticmethod
@@ -75,25 +76,26 @@ class _UpConv(torch.autograd.Function):
             return *_gradients_of_library(grad, x, weight, ctx.needs_input_grad), None, None
         x_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
         matrix = _matrix(weight)
-        rows = grad.permute(0, 2, 3, 1)
+        grads = grad.permute(0, 2, 3, 1)
         grad_x = torch.empty_like(x) if x_needed else None
         grad_matrix = torch.zeros_like(matrix) if weight_needed else None
-        products = None
-        for part in _parts(x, weight):
-            if products is None:  # zeros stay where a tap reaches beyond the output
-                products = x.new_zeros(len(x[part]), *x.shape[2:], 9, weight.shape[1])
-            products = products[: len(x[part])]
-            for number, at, reached in _taps(x, *grad.shape[2:]):
-                products[:, :, :, number][reached] = rows[part][at]
-            flat = products.view(-1, matrix.shape[1])
+        for samples, rows in _parts(x, weight):
+            part = x[samples, :, rows]
+            products = x.new_empty(len(part), *part.shape[2:], 9, weight.shape[1])
+            for number, at, (high, wide) in _taps(part, rows.start, *grad.shape[2:]):
+                tap = products[:, :, :, number]
+                tap[:, :high, :wide] = grads[samples][at]
+                tap[:, high:] = 0  # from here on the tap reaches beyond the output
+                tap[:, :, wide:] = 0
+            products = products.view(-1, matrix.shape[1])
             if x_needed:
-                torch.mm(flat, matrix.T, out=_rows(grad_x[part]))
+                torch.mm(products, matrix.T, out=_flat(grad_x[samples, :, rows]))
             if weight_needed:
-                grad_matrix.addmm_(_rows(x[part]).T, flat)
+                grad_matrix.addmm_(_flat(part).T, products)
         grad_weight = None
         if weight_needed:
             grad_weight = grad_matrix.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-        return grad_x, grad_weight, rows.sum((0, 1, 2)) if bias_needed else None, None, None
+        return grad_x, grad_weight, grads.sum((0, 1, 2)) if bias_needed else None, None, None
 
 
 def _gradients_of_library(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple:
@@ -114,22 +116,27 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Channels_last (B, C, H, W) -> (B·H·W, C), a view."""
+def _flat(x: Tensor) -> Tensor:
+    """Channels_last (B, C, H, W), or some rows of one sample, -> (B·H·W, C), a view."""
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
-def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
-    """As many samples at a time as PART allows."""
-    step = max(1, PART // (x.shape[2] * x.shape[3] * 9 * weight.shape[1]))
-    for start in range(0, len(x), step):
-        yield slice(start, start + step)
+def _parts(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Samples, and rows of x in them, whose products are at most PART: many whole maps, or rows of one."""
+    height, row = x.shape[2], x.shape[3] * 9 * weight.shape[1]
+    many, few = max(1, PART // (height * row)), min(height, max(1, PART // row))
+    for sample in range(0, len(x), many):
+        for start in range(0, height, few):
+            yield slice(sample, sample + many), slice(start, min(start + few, height))
 
 
-def _taps(x: Tensor, height: int, width: int) -> Iterator[tuple[int, tuple, tuple]]:
-    """Each tap's number, where it adds to the output (B, height, width, K), and what of x reaches there."""
+def _taps(part: Tensor, start: int, height: int, width: int) -> Iterator[tuple[int, tuple, tuple[int, int]]]:
+    """Each tap's number, where it adds to the output (B, height, width, K), and how many rows and columns of
+    the part, whose first row is `start`, it takes there."""
     for number in range(9):
         down, right = divmod(number, 3)
-        high, wide = min(x.shape[2], (height - down + 1) // 2), min(x.shape[3], (width - right + 1) // 2)
-        at = slice(down, down + 2 * high - 1, 2), slice(right, right + 2 * wide - 1, 2)
-        yield number, (slice(None), *at), (slice(None), slice(high), slice(wide))
+        top = 2 * start + down
+        high = max(0, min(part.shape[2], (height - top + 1) // 2))
+        wide = min(part.shape[3], (width - right + 1) // 2)
+        at = slice(None), slice(top, top + 2 * high, 2), slice(right, right + 2 * wide, 2)
+        yield number, at, (high, wide)

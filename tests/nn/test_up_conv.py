@@ -29,16 +29,16 @@ def test_upsampling_matches_the_published_framework(shared_dir, memory_format):
     assert relative_error(x.grad, golden.tensor("grad_in0")) <= 1e-5
 
 
-@pytest.fixture
-def in_small_parts(monkeypatch):
-    monkeypatch.setattr(up_conv, "PART", 2 * 35 * 9 * 4)  # two samples of 5x7
+@pytest.fixture(params=[2 * 35, 2 * 7, 1], ids=["two samples", "two rows", "one row"])
+def parts_of_a_5x7_map(request, monkeypatch):
+    monkeypatch.setattr(up_conv, "PART", request.param * 9 * 4)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 7)], ids=str)
 @pytest.mark.parametrize("more", [(-1, -1), (0, 0), (1, 1), (-1, 1)], ids=str)
-def test_outputs_and_gradients(in_small_parts, batch, size, more, memory_format):
+def test_outputs_and_gradients(parts_of_a_5x7_map, batch, size, more, memory_format):
     torch.manual_seed(0)
     up = UpConv(6, 4).to(memory_format=memory_format)
     wanted = tuple(2 * n + m for n, m in zip(size, more, strict=True))
