@@ -115,10 +115,10 @@ void backward_split(const CrossBackward& job, int64_t task, float* scratch) {
                            e, s.vectors);
     add_transposed_product(s.q_tile.data, s.q_tile.row, plain(s.gradient, s.width), tokens.count, s.sum_k, s.width, d,
                            s.vectors);
-    product(s.scores, s.width, packed(s.grad_panels, count), count, {&one, 0}, s.out, v_row, tokens.rows(), e / kLanes);
-    store_tile(s.out, v_row, tokens, e, grad_v_q, job.grad_v_q);
-    product(s.gradient, s.width, packed(s.k, count), count, {&shape.scale, 0}, s.out, q_row, tokens.rows(), d / kLanes);
-    store_tile(s.out, q_row, tokens, d, grad_q, job.grad_q);
+    product_into(s.scores, s.width, packed(s.grad_panels, count), count, {&one, 0}, e, tokens, grad_v_q, job.grad_v_q,
+                 s.out);
+    product_into(s.gradient, s.width, packed(s.k, count), count, {&shape.scale, 0}, d, tokens, grad_q, job.grad_q,
+                 s.out);
   }
   float* part = job.partial + task * backward_partial(shape);
   for (int64_t c = 0; c < d; ++c)

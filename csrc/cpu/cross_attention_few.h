@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cpu/cross_attention_tile.h"
-#include "cpu/transpose.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {

@@ -183,10 +183,10 @@ template <typename T>
 void pack_class_side(const CrossBackward& job, Sweep& s, int64_t batch, int64_t head,
                      const SoftmaxStatistics* statistics, float* outs) {
   const int64_t count = s.columns.count, d = s.d, e = s.e;
-  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, 1.0f, s.k_rows);
-  gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, 1.0f, s.v_rows);
-  gather(at<const T>(job.grad_out_k, batch, head), job.grad_out_k, s.columns, e, 1.0f, s.grad_rows);
-  gather(at<const T>(job.out_k, batch, head), job.out_k, s.columns, e, 1.0f, outs);
+  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, s.k_rows);
+  gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, s.v_rows);
+  gather(at<const T>(job.grad_out_k, batch, head), job.grad_out_k, s.columns, e, s.grad_rows);
+  gather(at<const T>(job.out_k, batch, head), job.out_k, s.columns, e, outs);
   for (int64_t j = 0; j < s.vectors * kLanes; ++j) s.column_mean[j] = s.column_peak[j] = s.column_log[j] = 0.0f;
   for (int64_t j = 0; j < count; ++j) {
     const SoftmaxStatistics& own = statistics[s.columns.index[j]];

@@ -15,6 +15,7 @@ namespace {
 
 constexpr float kPlainSumLow = 0x1p-58f, kPlainSumHigh = 0x1p58f;
 constexpr float kVanishing = -1e30f;
+constexpr float kWithin = 120.0f;  // of a score to base 2, so that rounding leaves it within exp2_within
 
 // Of every column: sum of weights and weighted values [e, columns], or [columns, e] where columns are few; wide ones
 // also the running peak.
@@ -29,6 +30,7 @@ struct ColumnSums {
 struct Sweep {
   int64_t e, width, vectors;
   Columns columns;
+  float k_square;  // squared length of the longest class token
   VecF inside;  // of the last vector of columns: 1 where there is one, 0 beyond
   float *scores, *other, *q, *v, *out, *k_rows, *v_rows, *k_panels, *v_panels;
   float *tile_sum, *column_low, *row_parts;  // row_parts: sums of every row, a vector each
@@ -50,7 +52,9 @@ BTI_FAST_INLINE void begin(ColumnSums& sums, int64_t e, int64_t width) {
 }
 
 // Exponentials of a block of scores straight from the registers that hold them. What lies beyond the tile's tokens or
-// the class tokens starts from a score so low that its exponential, 2^-126, vanishes in every sum.
+// the class tokens starts from a score so low that its exponential, 2^-126, vanishes in every sum. Within: nothing does,
+// and every score is known to lie within the exponent's range.
+template <bool Within>
 struct PlainScores {
   const Sweep& s;
   const float* q;
@@ -70,8 +74,13 @@ struct PlainScores {
       float* out = s.scores + (r0 + r) * s.width + v0 * kLanes;
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        const VecF low = load_dense(s.column_low + (v0 + v) * kLanes) + s.row_low[r0 + r];
-        const VecF y = exp2_bounded(acc[r][v] * factor + low);
+        VecF y;
+        if constexpr (Within) {
+          y = exp2_within(acc[r][v] * factor);
+        } else {
+          const VecF low = load_dense(s.column_low + (v0 + v) * kLanes) + s.row_low[r0 + r];
+          y = exp2_bounded(acc[r][v] * factor + low);
+        }
         store_dense(y, out + v * kLanes);
         row += y;
         column[v] += y;
@@ -83,6 +92,19 @@ struct PlainScores {
   }
 };
 
+// Squared length of the longest row; NaN where there is one.
+BTI_FAST_INLINE float longest_square(const float* x, int64_t row, int64_t rows, int64_t channels) {
+  float longest = 0.0f;
+  for (int64_t i = 0; i < rows; ++i, x += row) {
+    VecF sum{};
+    for (int64_t c = 0; c < channels; c += kLanes) sum += load_dense(x + c) * load_dense(x + c);
+    const float square = lane_sum(sum);
+    longest = square <= longest ? longest : square;
+    if (square != square) break;
+  }
+  return longest;
+}
+
 // Exponentials of all scores; false where the tile is wide.
 __attribute__((noinline)) bool plain_tile(Sweep& s, const Tile& q, int64_t d, float scale, int count, int rows) {
   for (int64_t v = 0; v < s.vectors * kLanes; v += kLanes) store_dense(VecF{}, s.tile_sum + v);
@@ -90,7 +112,13 @@ __attribute__((noinline)) bool plain_tile(Sweep& s, const Tile& q, int64_t d, fl
     store_dense(VecF{}, s.row_parts + i * kLanes);
     s.row_low[i] = i < count ? 0.0f : kVanishing;
   }
-  for_blocks(rows, s.vectors, PlainScores{s, q.data, q.row, d, scale * kLog2E});
+  const float factor = scale * kLog2E;
+  const bool full = count == rows && s.columns.count == s.vectors * kLanes;
+  if (full && longest_square(q.data, q.row, rows, d) * s.k_square * factor * factor <= kWithin * kWithin) {
+    for_blocks(rows, s.vectors, PlainScores<true>{s, q.data, q.row, d, factor});
+  } else {
+    for_blocks(rows, s.vectors, PlainScores<false>{s, q.data, q.row, d, factor});
+  }
   bool fits = true;
   for (int i = 0; i < count; ++i) {
     s.row_sum[i] = lane_sum(load_dense(s.row_parts + i * kLanes));
@@ -193,23 +221,24 @@ void finish_rows(Sweep& s, const TileTokens& tokens, SoftmaxStatistics* statisti
 
 // The two kinds of sums of this split, as one part (peak, sum, values [e, m]) of every column.
 void store_part(const Sweep& s, int64_t m, float* part) {
+  const int64_t count = s.columns.count;
   float* peak = part;
-  float* sum = part + m;
-  float* values = part + 2 * m;
-  for (int64_t j = 0; j < s.columns.count; ++j) {
-    const float one = s.plain.used ? 0.0f : kNothing, two = s.wide.used ? s.wide.peak[j] : kNothing;
-    const float total = softmax_peak(one, two);
-    const auto add = [&](const ColumnSums& sums, float own) {
-      if (!sums.used) return;
-      const float w = softmax_weight(own, total, [](float x) { return exp_exact(x); });
-      sum[j] += w * sums.sum[j];
-      for (int64_t c = 0; c < s.e; ++c) values[c * m + j] += w * sums.values[c * sums.channel + j * sums.column];
-    };
-    peak[j] = total;
-    sum[j] = 0.0f;
-    for (int64_t c = 0; c < s.e; ++c) values[c * m + j] = 0.0f;
-    add(s.plain, one);
-    add(s.wide, two);
+  for (int64_t j = 0; j < count; ++j)
+    peak[j] = softmax_peak(s.plain.used ? 0.0f : kNothing, s.wide.used ? s.wide.peak[j] : kNothing);
+  for (int64_t j = 0; j < (1 + s.e) * m; ++j) part[m + j] = 0.0f;
+  for (const ColumnSums* sums : {&s.plain, &s.wide}) {
+    if (!sums->used) continue;
+    float weight[256];
+    for (int64_t j = 0; j < count; ++j) {
+      const float own = sums == &s.plain ? 0.0f : sums->peak[j];
+      weight[j] = softmax_weight(own, peak[j], [](float x) { return exp_exact(x); });
+      part[m + j] += weight[j] * sums->sum[j];
+    }
+    for (int64_t c = 0; c < s.e; ++c) {
+      const float* from = sums->values + c * sums->channel;
+      float* to = part + (2 + c) * m;
+      for (int64_t j = 0; j < count; ++j) to[j] += weight[j] * from[j * sums->column];
+    }
   }
 }
 
@@ -251,9 +280,10 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
   s.wide = column_sums(arena, e, s.width, false);
   s.k_rows = arena.take(count * d);
   s.v_rows = arena.take(count * e);
-  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, 1.0f, s.k_rows);
-  gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, 1.0f, s.v_rows);
+  gather(at<const T>(job.k, batch, head), job.k, s.columns, d, s.k_rows);
+  gather(at<const T>(job.v_k, batch, head), job.v_k, s.columns, e, s.v_rows);
   const auto pack_panels = [&] {
+    s.k_square = longest_square(s.k_rows, d, count, d);
     pack_transposed(s.k_rows, count, d, s.k_panels);
     pack(s.v_rows, count, e, s.v_panels);
   };
@@ -262,10 +292,12 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
   for (int64_t first_token = first; first_token < end; first_token += kTileTokens) {
     const TileTokens tokens = tile_tokens(shape.q_mask, batch, first_token, end);
     if (tokens.count == 0) continue;
-    const Tile q_tile = tile_of(q, job.q, tokens, d, s.q), v_tile = tile_of(v_q, job.v_q, tokens, e, s.v);
-    prefetch_tile(q, job.q, first_token + kTileTokens, end, d);
-    prefetch_tile(v_q, job.v_q, first_token + kTileTokens, end, e);
+    const Tile q_tile = tile_of(q, job.q, tokens, d, s.q);
+    prefetch_tile(v_q, job.v_q, first_token, end, e);
+    prefetch_tile(out_q, job.out_q, first_token, end, e);
     if (few && !s.wide.used && few_tile(s, q_tile, d, shape.scale, tokens.count, tokens.rows())) {
+      const Tile v_tile = tile_of(v_q, job.v_q, tokens, e, s.v);
+      prefetch_tile(q, job.q, first_token + kTileTokens, end, d);
       for (int64_t j = 0; j < count; ++j)
         add_weighted(s.scores + j * kTileTokens, v_tile, e, tokens.rows(), s.plain.values + j * e);
       finish_rows(s, tokens, statistics);
@@ -285,12 +317,13 @@ void forward_split(const CrossForward& job, int64_t task, float* scratch) {
       wide_tile(s, tokens.count);
     }
     const bool wide = s.wide.used;
+    const Tile v_tile = tile_of(v_q, job.v_q, tokens, e, s.v);
+    prefetch_tile(q, job.q, first_token + kTileTokens, end, d);
     add_transposed_product(v_tile.data, v_tile.row, plain(s.scores, s.width), tokens.count,
                            (wide ? s.wide : s.plain).values, s.width, e, s.vectors);
     finish_rows(s, tokens, statistics);
-    product(wide ? s.other : s.scores, s.width, packed(s.v_panels, count), count, {s.row_inverse, 1}, s.out, v_row,
-            tokens.rows(), e / kLanes);
-    store_tile(s.out, v_row, tokens, e, out_q, job.out_q);
+    product_into(wide ? s.other : s.scores, s.width, packed(s.v_panels, count), count, {s.row_inverse, 1}, e, tokens,
+                 out_q, job.out_q, s.out);
   }
   store_part(s, shape.m, job.partial + task * forward_partial(shape));
 }

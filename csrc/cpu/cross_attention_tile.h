@@ -5,6 +5,7 @@
 #include "common/online_softmax.h"
 #include "cpu/cross_attention.h"
 #include "cpu/product.h"
+#include "cpu/transpose.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {
@@ -22,9 +23,8 @@ BTI_FAST_INLINE VecF bounded(VecF t) {
 #endif
 }
 
-// 2^t; t below -126 counts as -126 and above 127 as 127; NaN stays NaN (but for odd payloads). Error 1e-7, relative.
-BTI_FAST_INLINE VecF exp2_bounded(VecF t) {
-  t = bounded(t);
+// 2^t for t within -126..127. Error 1e-7, relative.
+BTI_FAST_INLINE VecF exp2_within(VecF t) {
   const VecF shifted = t + 12582912.0f;  // rounds to a whole number, left in the low bits
   const VecF f = t - (shifted - 12582912.0f);
   VecF p = splat<VecF>(1.326472728e-3f);
@@ -35,6 +35,8 @@ BTI_FAST_INLINE VecF exp2_bounded(VecF t) {
   p = p * f + 1.0f;
   return bits_as<VecF>(bits_as<VecI>(p) + (bits_as<VecI>(shifted) << 23));
 }
+// t below -126 counts as -126 and above 127 as 127; NaN stays NaN (but for odd payloads).
+BTI_FAST_INLINE VecF exp2_bounded(VecF t) { return exp2_within(bounded(t)); }
 // e^x for x <= 0, with exact zeros at the lower end and every NaN kept. The difference of two large scores is exact
 // where it matters; their logarithms to base 2 would not be.
 BTI_FAST_INLINE VecF exp_exact(VecF x) {
@@ -228,7 +230,7 @@ void store_tile(const float* tile, int64_t row, const TileTokens& tokens, int64_
   }
 }
 
-// Asks for the part of the operand that the tile from token `first` on will load.
+// Asks for the part of the operand that the tile from token `first` on will load or store.
 template <typename T>
 BTI_FAST_INLINE void prefetch_tile(const T* from, const TokenView& view, int64_t first, int64_t end, int64_t channels) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -265,25 +267,52 @@ BTI_FAST_INLINE Columns columns_of(const CrossShape& s, int64_t batch) {
   return out;
 }
 
-// Class-side tokens that take part, as rows [columns.count, channels] times factor.
+// Class-side tokens that take part, as rows [columns.count, channels].
 template <typename T>
-void gather(const T* from, const TokenView& view, const Columns& columns, int64_t channels, float factor, float* out) {
-  for (int64_t j = 0; j < columns.count; ++j)
-    for (int64_t c = 0; c < channels; ++c)
-      out[j * channels + c] = factor * widen(from[columns.index[j] * view.token + c * view.channel]);
+void gather(const T* from, const TokenView& view, const Columns& columns, int64_t channels, float* out) {
+  for (int64_t j = 0; j < columns.count; ++j, out += channels) {
+    const T* token = from + columns.index[j] * view.token;
+    if (view.channel == 1) {
+      for (int64_t c = 0; c < channels; c += kLanes) store_dense(load_dense(token + c), out + c);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) out[c] = widen(token[c * view.channel]);
+    }
+  }
 }
 
 // Panels of x [count, channels] itself.
 BTI_FAST_INLINE void pack(const float* x, int64_t count, int64_t channels, float* out) {
   for (int64_t c0 = 0; c0 < channels; c0 += kPanel)
     for (int64_t j = 0; j < count; ++j, out += kPanel)
-      for (int64_t c = 0; c < kPanel; ++c) out[c] = c0 + c < channels ? x[j * channels + c0 + c] : 0.0f;
+      for (int64_t c = 0; c < kPanel; c += kLanes)
+        store_dense(c0 + c < channels ? load_dense(x + j * channels + c0 + c) : VecF{}, out + c);
 }
 // Panels of its transpose [channels, count], zero beyond count.
 BTI_FAST_INLINE void pack_transposed(const float* x, int64_t count, int64_t channels, float* out) {
-  for (int64_t j0 = 0; j0 < count; j0 += kPanel)
-    for (int64_t c = 0; c < channels; ++c, out += kPanel)
-      for (int64_t j = 0; j < kPanel; ++j) out[j] = j0 + j < count ? x[(j0 + j) * channels + c] : 0.0f;
+  for (int64_t j0 = 0; j0 < count; j0 += kPanel, out += channels * kPanel)
+    for (int64_t j = 0; j < kPanel; j += kLanes)
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        VecF block[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i)
+          block[i] = j0 + j + i < count ? load_dense(x + (j0 + j + i) * channels + c) : VecF{};
+        transpose(block);
+        for (int64_t i = 0; i < kLanes; ++i) store_dense(block[i], out + (c + i) * kPanel + j);
+      }
+}
+
+// Results of a tile, factor A B with A [rows, depth], straight into an operand; through `copy` where that has not the
+// form of a tile.
+template <typename T>
+BTI_FAST_INLINE void product_into(const float* a, int64_t a_row, Panels b, int64_t depth, Factors factor,
+                                  int64_t channels, const TileTokens& tokens, T* to, const TokenView& view,
+                                  float* copy) {
+  const int64_t vectors = channels / kLanes;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (view.channel == 1 && tokens.whole && tokens.count == tokens.rows())
+      return product(a, a_row, b, depth, factor, to + tokens.first * view.token, view.token, tokens.rows(), vectors);
+  }
+  product(a, a_row, b, depth, factor, copy, channels + kPadding, tokens.rows(), vectors);
+  store_tile(copy, channels + kPadding, tokens, channels, to, view);
 }
 
 }  // namespace BTI_FAST_ISA

@@ -103,6 +103,16 @@ def test_logits_from_minus_to_plus_ten_thousand(isa, m):
     assert_accurate(inputs, scale=0.001)  # -10 to 10
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("far", (60.0, 120.0, 178.0, 1e25))
+def test_weights_far_below_the_others_of_their_row_and_column(isa, far):
+    inputs = tokens(1, 2, 96, 32, 64, 32)
+    q, k = inputs[0].mul_(0.1), inputs[1]
+    q[..., 0], q[..., ::2, 0] = 0.0, far
+    k[..., 0], k[..., ::2, 0] = 0.0, -1.0
+    assert_accurate(inputs, scale=1.0)
+
+
 def with_exact_logits(inputs):
     """q and k in eighths, so that float32 holds every sum of their products."""
     return [(8 * value).round() / 8 for value in inputs[:2]] + list(inputs[2:])
