@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bti_fast.errors import UserError
 from bti_fast.nn.checkpointing import checkpointed
+from bti_fast.nn.dilated_depthwise import depthwise
 from bti_fast.nn.folding import fold_conv
 from bti_fast.nn.recomputed import normalised_silu
 
@@ -93,7 +94,7 @@ def _mobile_block(block: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     if block.expand_ratio != 1:
         x = normalised_silu(block._bn0, block._expand_conv(x))
     expanded = x
-    x = normalised_silu(block._bn1, block._depthwise_conv(x))
+    x = normalised_silu(block._bn1, depthwise(block._depthwise_conv, x))
     if block.has_se:
         squeezed = F.silu(block._se_reduce(x.mean((2, 3), keepdim=True)))
         x = block._se_expand(squeezed).sigmoid() * x

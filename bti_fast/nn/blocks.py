@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bti_fast.nn.dilated_depthwise import dilated_depthwise
+from bti_fast.nn.dilated_depthwise import depthwise
 from bti_fast.nn.folding import FoldedContextFusion, fold_conv, fold_relu
 from bti_fast.nn.recomputed import mixed_scales
 
@@ -48,9 +48,7 @@ class SeparableConv(nn.Module):
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, Cout, H, W]
-        if self.depthwise.kernel_size[0] == 3:
-            return self.pointwise(dilated_depthwise(x, self.depthwise.weight, self.depthwise.dilation[0]))
-        return self.pointwise(self.depthwise(x))
+        return self.pointwise(depthwise(self.depthwise, x))
 
 
 class MultiScaleContextFusion(nn.Module):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bti_fast.nn.dilated_depthwise import depthwise
 from bti_fast.nn.recomputed import maps_of, mixed_scales, rows_of
 
 
@@ -84,10 +85,10 @@ class FoldedContextFusion(nn.Module):
         weights = self.scale_fc2(F.relu(self.scale_fc1(x.mean((2, 3))))).softmax(1)  # [B, 3]
         bias = weights @ self.biases + self.bias  # [B, C]
         if x.shape[2] * x.shape[3] >= x.shape[1]:  # scale the matrices, which are smaller than the maps
-            kernels = [depthwise.weight for depthwise in self.depthwise]
+            kernels = [conv.weight for conv in self.depthwise]
             return mixed_scales(x, kernels, weights[:, :, None, None] * self.matrices, bias)
         mixed = bias.repeat_interleave(x.shape[2] * x.shape[3], 0)  # [B·P, C]
-        for number, depthwise in enumerate(self.depthwise):
-            rows = rows_of(depthwise(x)) * weights[:, number, None, None]
+        for number, conv in enumerate(self.depthwise):
+            rows = rows_of(depthwise(conv, x)) * weights[:, number, None, None]
             mixed = mixed.addmm_(rows.flatten(0, 1), self.matrices[number].T)
         return maps_of(mixed.unflatten(0, (x.shape[0], -1)), x)

@@ -37,4 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
     const Tensor& v_k, const Tensor& out_q, const Tensor& out_k, const Tensor& statistics,
     const std::optional<Tensor>& q_mask, const std::optional<Tensor>& k_mask, double scale);
 
+// For bti_fast.nn alone: no public operator.
+Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation);
+
 }  // namespace bti_fast

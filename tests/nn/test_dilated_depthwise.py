@@ -1,32 +1,143 @@
-"""The dilated depthwise convolution against torch's own convolution and its gradients in float64."""
+"""The depthwise convolution against torch's own and its gradients in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from bti_fast.nn.dilated_depthwise import dilated_depthwise
+from bti_fast import _library
+from bti_fast.nn.dilated_depthwise import depthwise, dilated_depthwise
+
+NATIVE = _library.native()[0]
+compiled = pytest.mark.skipif(_library.load("cpu") is not None, reason=str(_library.load("cpu")))
 
 
-@pytest.mark.parametrize("dilation", [1, 2, 4])
+@pytest.fixture(params=NATIVE.supported_isas() if NATIVE else ())
+def isa(request):
+    NATIVE.force_isa(request.param)
+    yield request.param
+    NATIVE.force_isa("auto")
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (3, 4), (5, 1), (5, 2), (7, 1)])
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (7, 7), (13, 5), (16, 12)], ids=str)
 @pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
 )
-def test_outputs_and_gradients(dilation, size, memory_format):
+def test_outputs_and_gradients(kernel, dilation, size, memory_format):
     torch.manual_seed(0)
     x = torch.randn(2, 5, *size, dtype=torch.float64).contiguous(memory_format=memory_format)
-    weight = torch.randn(5, 1, 3, 3, dtype=torch.float64)
+    weight = torch.randn(5, 1, kernel, kernel, dtype=torch.float64)
     cotangent = torch.randn_like(x)
-    expected = _with_gradients(_library, x, weight, cotangent, dilation)
+    expected = _with_gradients(_library_convolution, x, weight, cotangent, dilation)
     for got, wanted in zip(
         _with_gradients(dilated_depthwise, x, weight, cotangent, dilation), expected, strict=True
     ):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     single = [value.float() for value in (x, weight, cotangent)]
     for got, wanted in zip(_with_gradients(dilated_depthwise, *single, dilation), expected, strict=True):
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=2e-5)
+
+
+@compiled
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (3, 4), (5, 1), (5, 3)])
+@pytest.mark.parametrize("size", [(2, 1, 1, 1), (2, 7, 2, 9), (2, 40, 7, 7), (1, 75, 13, 21)], ids=str)
+def test_kernel_of_every_instruction_set(isa, size, kernel, dilation, with_bias):
+    torch.manual_seed(0)
+    channels = size[1]
+    x = torch.randn(size).contiguous(memory_format=torch.channels_last)
+    x[1:, 0] = torch.nan  # stays in its sample and channel
+    weight = torch.randn(channels, 1, kernel, kernel)
+    bias = torch.randn(channels) if with_bias else None
+    taps = weight.flatten(1).T.contiguous()
+    got = torch.ops.bti_fast_cpu.dilated_depthwise(x, taps, bias, dilation)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    expected = _library_convolution(x.double(), weight.double(), dilation)
+    expected += bias.double()[:, None, None] if with_bias else 0
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@compiled
+def test_the_number_of_threads_changes_no_bit():
+    torch.manual_seed(0)
+    x = torch.randn(3, 65, 31, 33).contiguous(memory_format=torch.channels_last)
+    conv = nn.Conv2d(65, 65, 3, padding=1, groups=65)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                results.append(depthwise(conv, x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1, 8, 4, 4)}, "channels_last"),
+        ({"x": torch.zeros(1, 8, 4, 4).double().contiguous(memory_format=torch.channels_last)}, "float32"),
+        ({"taps": torch.zeros(8, 9).T}, "taps"),
+        ({"taps": torch.zeros(49, 8)}, "3x3 or 5x5"),
+        ({"bias": torch.zeros(7)}, "bias"),
+        ({"dilation": 0}, "dilation"),
+    ],
+    ids=["layout", "dtype", "taps", "kernel", "bias", "dilation"],
+)
+def test_kernel_refuses_what_it_cannot_read(change, message):
+    operands = {
+        "x": torch.zeros(1, 8, 4, 4).contiguous(memory_format=torch.channels_last),
+        "taps": torch.zeros(9, 8),
+        "bias": None,
+        "dilation": 1,
+        **change,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.bti_fast_cpu.dilated_depthwise(*operands.values())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 5, "padding": 4, "dilation": 2},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": 3},
+        {"kernel_size": 3, "padding": 1, "groups": 4},
+        {"kernel_size": (3, 5), "padding": (1, 2)},
+        {"kernel_size": 4, "padding": 2},
+        {"kernel_size": 3, "padding": "same"},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+        {"kernel_size": 3, "padding": 1, "out_channels": 16},
+    ],
+    ids=str,
+)
+def test_any_convolution(options, training, bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, **{"out_channels": 8, "groups": 8, "bias": bias, **options})
+    x = torch.randn(2, 8, 9, 11).contiguous(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(depthwise(conv, x), conv(x), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_gradients_in_float32():
+    torch.manual_seed(0)
+    operands = torch.randn(2, 8, 6, 7).contiguous(memory_format=torch.channels_last), torch.randn(8, 1, 3, 3)
+    seconds = []
+    for function in (dilated_depthwise, _library_convolution):
+        x, weight = (value.clone().requires_grad_() for value in operands)
+        grads = torch.autograd.grad(function(x, weight, 1).square().sum(), (x, weight), create_graph=True)
+        seconds.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), (x, weight)))
+    for got, wanted in zip(*seconds, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_second_order_gradients():
@@ -46,8 +157,9 @@ def test_a_frozen_operand_gets_no_gradient(frozen):
     assert operands[1 - frozen].grad is not None
 
 
-def _library(x, weight, dilation):
-    return F.conv2d(x, weight, padding=dilation, dilation=dilation, groups=x.shape[1])
+def _library_convolution(x, weight, dilation):
+    padding = weight.shape[2] // 2 * dilation
+    return F.conv2d(x, weight, padding=padding, dilation=dilation, groups=x.shape[1])
 
 
 def _with_gradients(function, x, weight, cotangent, dilation):

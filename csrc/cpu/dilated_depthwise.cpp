@@ -1,0 +1,61 @@
+#include "cpu/dilated_depthwise.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "cpu/operators.h"
+
+namespace bti_fast {
+
+namespace {
+
+constexpr int64_t kElementsPerTask = 1 << 14;  // work below this many outputs is not worth handing out
+
+const float* floats(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float, name, " must be float32, got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+// Strides of dense memory, for the axes in this order from the slowest on; axes of one element may have any.
+bool lies(const Tensor& tensor, std::initializer_list<int64_t> axes) {
+  int64_t expected = 1;
+  for (auto axis = std::rbegin(axes); axis != std::rend(axes); ++axis) {
+    if (tensor.size(*axis) != 1 && tensor.stride(*axis) != expected) return false;
+    expected *= tensor.size(*axis);
+  }
+  return true;
+}
+
+}  // namespace
+
+Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation) {
+  STD_TORCH_CHECK(x.dim() == 4 && lies(x, {0, 2, 3, 1}), "x must be (B, C, H, W), dense and channels_last");
+  const int64_t channels = x.size(1);
+  STD_TORCH_CHECK(taps.dim() == 2 && taps.size(1) == channels && lies(taps, {0, 1}),
+                  "taps must be (kernel * kernel, ", channels, "), contiguous");
+  STD_TORCH_CHECK(taps.size(0) == 9 || taps.size(0) == 25, "taps must be of a 3x3 or 5x5 kernel, got ", taps.size(0));
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == channels && lies(*bias, {0})), "bias must be (",
+                  channels, ",), contiguous");
+  STD_TORCH_CHECK(dilation >= 1, "dilation must be at least 1, got ", dilation);
+  const Tensor out = torch::stable::empty_like(x);
+  const DilatedDepthwise job{floats(x, "x"),
+                             floats(taps, "taps"),
+                             bias ? floats(*bias, "bias") : nullptr,
+                             static_cast<float*>(out.mutable_data_ptr()),
+                             channels,
+                             x.size(2),
+                             x.size(3),
+                             taps.size(0) == 9 ? 3 : 5,
+                             dilation};
+  if (out.numel() == 0) return out;
+  const auto kernel = BTI_FAST_SELECT(dilated_depthwise);
+  torch::stable::parallel_for(0, x.size(0) * job.height,
+                              std::max<int64_t>(1, kElementsPerTask / (job.width * channels)),
+                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  return out;
+}
+
+}  // namespace bti_fast

@@ -1,0 +1,22 @@
+// Depthwise convolution of channels_last maps on the CPU: what passes between the binding and its kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa_dispatch.h"
+
+namespace bti_fast {
+
+struct DilatedDepthwise {
+  const float* x;       // [batch, height, width, channels]
+  const float* weight;  // [kernel * kernel, channels]
+  const float* bias;    // [channels], or nullptr
+  float* out;           // like x
+  int64_t channels, height, width;
+  int64_t kernel, dilation;  // kernel is 3 or 5; zeros around the map keep its size
+};
+
+// Rows [begin, end) of all samples' rows; each is computed alone, so any division among threads gives the same bits.
+BTI_FAST_KERNEL(void, dilated_depthwise, (const DilatedDepthwise& job, int64_t begin, int64_t end))
+
+}  // namespace bti_fast
