@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from bti_fast.errors import UserError
 from bti_fast.nn.checkpointing import checkpointed
-from bti_fast.nn.dilated_depthwise import depthwise
 from bti_fast.nn.folding import fold_conv
-from bti_fast.nn.recomputed import normalised_silu
+from bti_fast.nn.normalised_silu import depthwise_silu, normalised_silu
+from bti_fast.nn.pointwise import conv1x1
 
 EFFICIENTNETS = tuple(f"efficientnet-b{i}" for i in range(8))
 LEVELS = 5
@@ -59,7 +59,7 @@ class EfficientNetEncoder(nn.Module):
                     x, expanded = _mobile_block(block, x)
                 if number == 0 and index in TAPPED_STAGES:
                     taps.append(expanded)
-        taps.append(normalised_silu(net._bn1, net._conv_head(x)))
+        taps.append(normalised_silu(net._bn1, conv1x1(net._conv_head, x)))
         return tuple(taps)
 
     def fold_(self) -> None:
@@ -92,13 +92,13 @@ def _mobile_block(block: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """MONAI's inverted bottleneck: its output, and the activation after the expansion."""
     x = inputs
     if block.expand_ratio != 1:
-        x = normalised_silu(block._bn0, block._expand_conv(x))
+        x = normalised_silu(block._bn0, conv1x1(block._expand_conv, x))
     expanded = x
-    x = normalised_silu(block._bn1, depthwise(block._depthwise_conv, x))
+    x = depthwise_silu(block._depthwise_conv, block._bn1, x)
     if block.has_se:
-        squeezed = F.silu(block._se_reduce(x.mean((2, 3), keepdim=True)))
-        x = block._se_expand(squeezed).sigmoid() * x
-    x = block._bn2(block._project_conv(x))
+        squeezed = F.silu(conv1x1(block._se_reduce, x.mean((2, 3), keepdim=True)))
+        x = conv1x1(block._se_expand, squeezed).sigmoid() * x
+    x = block._bn2(conv1x1(block._project_conv, x))
     if block.id_skip and block.stride == 1 and block.in_channels == block.out_channels:
         if block.drop_connect_rate and block.training:
             x = _drop_samples(x, block.drop_connect_rate)

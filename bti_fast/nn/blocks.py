@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bti_fast.nn.dilated_depthwise import depthwise
 from bti_fast.nn.folding import FoldedContextFusion, fold_conv, fold_relu
+from bti_fast.nn.pointwise import conv1x1
 from bti_fast.nn.recomputed import mixed_scales
 
 BN_EPS = 1e-3
@@ -48,7 +49,7 @@ class SeparableConv(nn.Module):
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, Cout, H, W]
-        return self.pointwise(depthwise(self.depthwise, x))
+        return conv1x1(self.pointwise, depthwise(self.depthwise, x))
 
 
 class MultiScaleContextFusion(nn.Module):

@@ -32,6 +32,17 @@ def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return conv(x) if torch.is_grad_enabled() else convolve(x, conv.weight, conv.dilation[0], conv.bias)
 
 
+def depthwise_affine_silu(
+    conv: nn.Conv2d, scale: Tensor | None, shift: Tensor | None, x: Tensor
+) -> Tensor | None:
+    """silu(scale · conv(x) + shift) in one pass, scale and shift (C,); None where no kernel computes that."""
+    if type(conv) is not nn.Conv2d or not _is_plain(conv) or not _is_compiled(x, conv.weight, scale, shift):
+        return None
+    if conv.bias is not None:
+        shift = conv.bias if scale is None else torch.addcmul(shift, conv.bias, scale)
+    return _compiled(x, conv.weight, conv.dilation[0], shift, scale, True)
+
+
 def _is_plain(conv: nn.Conv2d) -> bool:
     """Whether it is what dilated_depthwise computes, but for the bias."""
     (kernel, width), (dilation, across) = conv.kernel_size, conv.dilation
@@ -43,21 +54,40 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 def convolve(x: Tensor, weight: Tensor, dilation: int, bias: Tensor | None = None) -> Tensor:
     """The convolution alone, which autograd knows only where torch computes it."""
     if not torch.is_grad_enabled() and _is_compiled(x, weight):
-        taps = weight.flatten(1).T.contiguous()  # [k·k, C]
-        return torch.ops.bti_fast_cpu.dilated_depthwise(x, taps, bias, dilation)
+        return _compiled(x, weight, dilation, bias)
     padding = dilation * (weight.shape[2] // 2)
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
 
 
-def _is_compiled(x: Tensor, weight: Tensor) -> bool:
+def _is_compiled(x: Tensor, weight: Tensor, *channel_values: Tensor | None) -> bool:
     """Whether our kernel computes it: channels_last maps of float32 in two thirds of the library's time."""
     return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
-        and weight.shape[2:] in ((3, 3), (5, 5))
+        weight.shape[2:] in ((3, 3), (5, 5))
         and weight.shape[:2] == (x.shape[1], 1)
+        and takes_kernels(x, weight, *channel_values)
+    )
+
+
+def _compiled(
+    x: Tensor,
+    weight: Tensor,
+    dilation: int,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    taps = weight.flatten(1).T.contiguous()  # [k·k, C]
+    return torch.ops.bti_fast_cpu.dilated_depthwise(x, taps, bias, dilation, scale, silu)
+
+
+def takes_kernels(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether the CPU's kernels for dense channels_last maps of float32 take x (B, C, H, W) with these."""
+    tensors = [x, *(weight for weight in weights if weight is not None)]
+    return (
+        x.device.type == "cpu"
+        and all(tensor.dtype == torch.float32 for tensor in tensors)
         and x.is_contiguous(memory_format=torch.channels_last)
-        and is_ordinary((x, weight))
+        and is_ordinary(tensors)
         and _library.load("cpu") is None
     )
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bti_fast.nn.dilated_depthwise import convolve, gradients
-from bti_fast.nn.running_statistics import counted_share
-from bti_fast.nn.synchronised import synchronises
 
 DILATIONS = (1, 2, 4)
 
@@ -18,50 +15,6 @@ DILATIONS = (1, 2, 4)
 def recomputes(x: Tensor) -> bool:
     """Whether layers over x recompute: where memory is the CPU's, and no compiler decides what to keep."""
     return torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def normalised_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    """silu(norm(x)) of x (B, C, H, W), for a batch normalisation or whatever stands in its place.
-
-    Autograd would keep the map between the two, which one multiplication and one addition give again.
-    """
-    if not (recomputes(x) and isinstance(norm, nn.BatchNorm2d)) or synchronises(norm):
-        return F.silu(norm(x), inplace=not torch.is_grad_enabled())
-    momentum = counted_share(norm) if norm.training else 0.0
-    statistics = norm.running_mean, norm.running_var, norm.training, momentum, norm.eps
-    return _NormalisedSilu.apply(x, norm.weight, norm.bias, *statistics)[0]
-
-
-class _NormalisedSilu(torch.autograd.Function):
-    @staticmethod
-    def forward(x, weight, bias, running_mean, running_var, training, momentum, eps):
-        y, mean, inverse = torch.native_batch_norm(
-            x, weight, bias, running_mean, running_var, training, momentum, eps
-        )
-        if not training:
-            mean, inverse = running_mean.clone(), (running_var + eps).rsqrt()
-        return F.silu(y, inplace=True), mean, inverse
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, _, _, ctx.training, _, ctx.eps = inputs
-        _, mean, inverse = output
-        ctx.mark_non_differentiable(mean, inverse)
-        ctx.save_for_backward(x, weight, bias, mean, inverse)
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        x, weight, bias, mean, inverse = ctx.saved_tensors
-        scale = weight * inverse
-        shift = bias - mean * scale
-        y = torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(grad.dtype)
-        variance = inverse.square().reciprocal() - ctx.eps  # read in evaluation only, as is the mean
-        grads = torch.ops.aten.native_batch_norm_backward(
-            torch.ops.aten.silu_backward(grad, y),
-            *(x, weight, mean, variance, mean, inverse, ctx.training, ctx.eps),
-            list(ctx.needs_input_grad[:3]),
-        )
-        return *grads, None, None, None, None, None
 
 
 def mixed_scales(x: Tensor, kernels: Sequence[Tensor], matrices: Tensor, bias: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "cpu/operators.h"
 
@@ -31,25 +32,29 @@ bool lies(const Tensor& tensor, std::initializer_list<int64_t> axes) {
 
 }  // namespace
 
-Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation) {
+Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation,
+                         const std::optional<Tensor>& scale, bool silu) {
   STD_TORCH_CHECK(x.dim() == 4 && lies(x, {0, 2, 3, 1}), "x must be (B, C, H, W), dense and channels_last");
   const int64_t channels = x.size(1);
   STD_TORCH_CHECK(taps.dim() == 2 && taps.size(1) == channels && lies(taps, {0, 1}),
                   "taps must be (kernel * kernel, ", channels, "), contiguous");
   STD_TORCH_CHECK(taps.size(0) == 9 || taps.size(0) == 25, "taps must be of a 3x3 or 5x5 kernel, got ", taps.size(0));
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == channels && lies(*bias, {0})), "bias must be (",
-                  channels, ",), contiguous");
+  for (const auto& [values, name] : {std::pair{&bias, "bias"}, std::pair{&scale, "scale"}})
+    STD_TORCH_CHECK(!*values || ((*values)->dim() == 1 && (*values)->size(0) == channels && lies(**values, {0})), name,
+                    " must be (", channels, ",), contiguous");
   STD_TORCH_CHECK(dilation >= 1, "dilation must be at least 1, got ", dilation);
   const Tensor out = torch::stable::empty_like(x);
   const DilatedDepthwise job{floats(x, "x"),
                              floats(taps, "taps"),
+                             scale ? floats(*scale, "scale") : nullptr,
                              bias ? floats(*bias, "bias") : nullptr,
                              static_cast<float*>(out.mutable_data_ptr()),
                              channels,
                              x.size(2),
                              x.size(3),
                              taps.size(0) == 9 ? 3 : 5,
-                             dilation};
+                             dilation,
+                             silu};
   if (out.numel() == 0) return out;
   const auto kernel = BTI_FAST_SELECT(dilated_depthwise);
   torch::stable::parallel_for(0, x.size(0) * job.height,

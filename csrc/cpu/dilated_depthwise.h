@@ -10,10 +10,12 @@ namespace bti_fast {
 struct DilatedDepthwise {
   const float* x;       // [batch, height, width, channels]
   const float* weight;  // [kernel * kernel, channels]
-  const float* bias;    // [channels], or nullptr
+  const float* scale;   // [channels] of the convolution, or nullptr
+  const float* bias;    // [channels], added to it, or nullptr
   float* out;           // like x
   int64_t channels, height, width;
   int64_t kernel, dilation;  // kernel is 3 or 5; zeros around the map keep its size
+  bool silu;                 // whether out is silu of the sum
 };
 
 // Rows [begin, end) of all samples' rows; each is computed alone, so any division among threads gives the same bits.

@@ -3,6 +3,7 @@
 #include "cpu/dilated_depthwise.h"
 
 #include "cpu/rows.h"
+#include "cpu/silu.h"
 
 namespace bti_fast {
 namespace BTI_FAST_ISA {
@@ -20,6 +21,14 @@ struct Row {
   int64_t distance;     // of rows of the input
 };
 
+// What is made of a sum of taps.
+template <typename Load>
+BTI_FAST_INLINE VecF finished(VecF y, const DilatedDepthwise& job, int64_t c, Load load) {
+  if (job.scale != nullptr) y *= load(job.scale + c);
+  if (job.bias != nullptr) y += load(job.bias + c);
+  return job.silu ? silu(y) : y;
+}
+
 // T positions from `at` on, all taps of which lie within the map's width.
 template <int K, int T>
 BTI_FAST_INLINE void inside(const DilatedDepthwise& job, const Row& row, int64_t at) {
@@ -30,9 +39,7 @@ BTI_FAST_INLINE void inside(const DilatedDepthwise& job, const Row& row, int64_t
   // processor to foresee.
   const float* next = in + (row.last - 1) * row.distance + (K - 1) * step + T * channels;
   const auto vector = [&](int64_t c, auto load, auto store) {
-    VecF acc[T];
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) acc[t] = job.bias == nullptr ? VecF{} : load(job.bias + c);
+    VecF acc[T]{};
     for (int64_t i = row.first; i < row.last; ++i) {
       const float* from = in + i * row.distance + c;
       const float* weight = job.weight + i * K * channels + c;
@@ -55,7 +62,7 @@ BTI_FAST_INLINE void inside(const DilatedDepthwise& job, const Row& row, int64_t
       }
     }
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) store(acc[t], out + t * channels + c);
+    for (int t = 0; t < T; ++t) store(finished(acc[t], job, c, load), out + t * channels + c);
   };
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) {
@@ -81,9 +88,7 @@ BTI_FAST_INLINE void at_edge(const DilatedDepthwise& job, const Row& row, int64_
   float* out = row.out + at * channels;
   const auto vectors = [&](int64_t c, auto count, auto load, auto store) {
     constexpr int V = decltype(count)::value;
-    VecF acc[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[v] = job.bias == nullptr ? VecF{} : load(job.bias + c + v * kLanes);
+    VecF acc[V]{};
     for (int64_t i = row.first; i < row.last; ++i) {
       const float* from = in + i * row.distance + c;
       const float* weight = job.weight + i * job.kernel * channels + c;
@@ -93,7 +98,7 @@ BTI_FAST_INLINE void at_edge(const DilatedDepthwise& job, const Row& row, int64_
           acc[v] += load(weight + j * channels + v * kLanes) * load(from + j * step + v * kLanes);
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(acc[v], out + c + v * kLanes);
+    for (int v = 0; v < V; ++v) store(finished(acc[v], job, c + v * kLanes, load), out + c + v * kLanes);
   };
   const auto load = [](const float* p) { return load_dense(p); };
   const auto store = [](VecF v, float* p) { store_dense(v, p); };

@@ -38,6 +38,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
     const std::optional<Tensor>& q_mask, const std::optional<Tensor>& k_mask, double scale);
 
 // For bti_fast.nn alone: no public operator.
-Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation);
+Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation,
+                         const std::optional<Tensor>& scale, bool silu);
+void scaled_silu_(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);
 
 }  // namespace bti_fast

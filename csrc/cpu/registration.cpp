@@ -27,7 +27,10 @@ STABLE_TORCH_LIBRARY(bti_fast_cpu, m) {
       "cross_attention_backward(Tensor grad_out_q, Tensor grad_out_k, Tensor q, Tensor k, Tensor v_q, Tensor v_k,"
       " Tensor out_q, Tensor out_k, Tensor statistics, Tensor? q_mask, Tensor? k_mask, float scale)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("dilated_depthwise(Tensor x, Tensor taps, Tensor? bias, int dilation) -> Tensor");
+  m.def(
+      "dilated_depthwise(Tensor x, Tensor taps, Tensor? bias, int dilation, Tensor? scale=None, bool silu=False)"
+      " -> Tensor");
+  m.def("scaled_silu_(Tensor(a!) x, Tensor? scale, Tensor? shift) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
@@ -40,4 +43,5 @@ STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
   m.impl("cross_attention", TORCH_BOX(&bti_fast::cross_attention));
   m.impl("cross_attention_backward", TORCH_BOX(&bti_fast::cross_attention_backward));
   m.impl("dilated_depthwise", TORCH_BOX(&bti_fast::dilated_depthwise));
+  m.impl("scaled_silu_", TORCH_BOX(&bti_fast::scaled_silu_));
 }

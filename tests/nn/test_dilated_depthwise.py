@@ -42,21 +42,24 @@ def test_outputs_and_gradients(kernel, dilation, size, memory_format):
 
 
 @compiled
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rest", ["", "bias", "scale", "scale bias", "scale bias silu", "silu"])
 @pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (3, 4), (5, 1), (5, 3)])
 @pytest.mark.parametrize("size", [(2, 1, 1, 1), (2, 7, 2, 9), (2, 40, 7, 7), (1, 75, 13, 21)], ids=str)
-def test_kernel_of_every_instruction_set(isa, size, kernel, dilation, with_bias):
+def test_kernel_of_every_instruction_set(isa, size, kernel, dilation, rest):
     torch.manual_seed(0)
     channels = size[1]
     x = torch.randn(size).contiguous(memory_format=torch.channels_last)
     x[1:, 0] = torch.nan  # stays in its sample and channel
     weight = torch.randn(channels, 1, kernel, kernel)
-    bias = torch.randn(channels) if with_bias else None
+    bias = torch.randn(channels) if "bias" in rest else None
+    scale = torch.randn(channels) if "scale" in rest else None
     taps = weight.flatten(1).T.contiguous()
-    got = torch.ops.bti_fast_cpu.dilated_depthwise(x, taps, bias, dilation)
+    got = torch.ops.bti_fast_cpu.dilated_depthwise(x, taps, bias, dilation, scale, "silu" in rest)
     assert got.is_contiguous(memory_format=torch.channels_last)
     expected = _library_convolution(x.double(), weight.double(), dilation)
-    expected += bias.double()[:, None, None] if with_bias else 0
+    expected *= 1 if scale is None else scale.double()[:, None, None]
+    expected += 0 if bias is None else bias.double()[:, None, None]
+    expected = F.silu(expected) if "silu" in rest else expected
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
@@ -87,8 +90,9 @@ def test_the_number_of_threads_changes_no_bit():
         ({"taps": torch.zeros(49, 8)}, "3x3 or 5x5"),
         ({"bias": torch.zeros(7)}, "bias"),
         ({"dilation": 0}, "dilation"),
+        ({"scale": torch.zeros(7)}, "scale"),
     ],
-    ids=["layout", "dtype", "taps", "kernel", "bias", "dilation"],
+    ids=["layout", "dtype", "taps", "kernel", "bias", "dilation", "scale"],
 )
 def test_kernel_refuses_what_it_cannot_read(change, message):
     operands = {
@@ -96,6 +100,7 @@ def test_kernel_refuses_what_it_cannot_read(change, message):
         "taps": torch.zeros(9, 8),
         "bias": None,
         "dilation": 1,
+        "scale": None,
         **change,
     }
     with pytest.raises(RuntimeError, match=message):

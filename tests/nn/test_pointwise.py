@@ -1,10 +1,14 @@
-"""A linear layer at every position, against the same layer with the channels last."""
+"""Linear maps at every position, against the same layers with the channels last and as convolutions."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
-from bti_fast.nn.pointwise import pointwise
+from bti_fast.nn.pointwise import FEW_POSITIONS, conv1x1, pointwise
+
+from .autograd import with_gradients
 
 
 @pytest.mark.parametrize("spatial", [(7,), (3, 5), (2, 3, 1)])
@@ -37,3 +41,42 @@ def test_values_and_gradients(spatial, outputs, layout):
 
 def test_no_images():
     assert pointwise(nn.Linear(4, 2), torch.randn(0, 4, 5, 6)).shape == (0, 2, 5, 6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 7, 7), (3, 4, 5), (2, 9, 9), (0, 2, 2)], ids=str)
+def test_conv1x1(size, memory_format, bias):
+    torch.manual_seed(0)
+    batch, *spatial = size
+    conv = nn.Conv2d(6, 10, 1, bias=bias)
+    exact = copy.deepcopy(conv).double()
+    x = torch.randn(batch, 6, *spatial).contiguous(memory_format=memory_format).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    cotangent = torch.randn(batch, 10, *spatial)
+    for mine, theirs in zip(
+        with_gradients(conv1x1(conv, x), (x, *conv.parameters()), cotangent),
+        with_gradients(exact(exact_x), (exact_x, *exact.parameters()), cotangent.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
+    assert conv1x1(conv, x).stride() == conv(x).stride() or min(size) <= 1
+
+
+def test_few_positions_are_a_product(monkeypatch):
+    class Refusing(nn.Conv2d):
+        pass
+
+    def refuse(*_):
+        raise AssertionError("the convolution was called")
+
+    conv = nn.Conv2d(6, 10, 1)
+    x = torch.randn(1, 6, 1, FEW_POSITIONS + 1).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(nn.Conv2d, "forward", refuse)
+    assert conv1x1(conv, x[..., :-1].contiguous(memory_format=torch.channels_last)).shape[3] == FEW_POSITIONS
+    with pytest.raises(AssertionError, match="was called"):
+        conv1x1(conv, x)
+    with pytest.raises(AssertionError, match="was called"):  # what a subclass adds is kept
+        conv1x1(Refusing(6, 10, 1), x[..., :1].contiguous(memory_format=torch.channels_last))

@@ -16,7 +16,7 @@ from torch import nn
 from bti_fast.nn import synchronised
 from bti_fast.nn.blocks import ReluBatchNorm
 from bti_fast.nn.interaction import GatedInteraction
-from bti_fast.nn.recomputed import normalised_silu
+from bti_fast.nn.normalised_silu import normalised_silu
 from bti_fast.nn.synchronised import SynchronisedBatchNorm, synchronise
 
 CPU = torch.device("cpu")
