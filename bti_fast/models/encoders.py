@@ -97,12 +97,13 @@ def _mobile_block(block: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     x = depthwise_silu(block._depthwise_conv, block._bn1, x)
     if block.has_se:
         squeezed = F.silu(conv1x1(block._se_reduce, x.mean((2, 3), keepdim=True)))
-        x = conv1x1(block._se_expand, squeezed).sigmoid() * x
+        gate = conv1x1(block._se_expand, squeezed).sigmoid()
+        x = gate * x if torch.is_grad_enabled() else x.mul_(gate)
     x = block._bn2(conv1x1(block._project_conv, x))
     if block.id_skip and block.stride == 1 and block.in_channels == block.out_channels:
         if block.drop_connect_rate and block.training:
             x = _drop_samples(x, block.drop_connect_rate)
-        x = x + inputs
+        x = x + inputs if torch.is_grad_enabled() else x.add_(inputs)
     return x, expanded
 
 
