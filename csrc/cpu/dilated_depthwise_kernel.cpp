@@ -1,5 +1,5 @@
-// Depthwise convolution of channels_last maps. Where a kernel reaches over no edge, some neighbouring positions are
-// computed together, so that each weight is loaded once for all of them.
+// Depthwise convolution of channels_last maps. Positions a dilation apart are neighbours of one phase: some of them are
+// computed together, so that each weight and each input is loaded once for all of them.
 #include "cpu/dilated_depthwise.h"
 
 #include "cpu/rows.h"
@@ -12,104 +12,90 @@ namespace {
 
 constexpr int kLanes = VecOf<float>::lanes;
 constexpr int64_t kLine = 64 / sizeof(float);
+constexpr int kTogether = kBytes == 64 ? 8 : 4;  // positions, as far as the registers go
 
-// One row of the output; `in` is where the first tap of its first position would lie.
+// One row of the output.
 struct Row {
-  const float* in;
+  const float* in;      // where the first row of taps would lie
   float* out;
   int64_t first, last;  // rows of the kernel within the map
   int64_t distance;     // of rows of the input
 };
 
-// What is made of a sum of taps.
-template <typename Load>
-BTI_FAST_INLINE VecF finished(VecF y, const DilatedDepthwise& job, int64_t c, Load load) {
-  if (job.scale != nullptr) y *= load(job.scale + c);
-  if (job.bias != nullptr) y += load(job.bias + c);
-  return job.silu ? silu(y) : y;
-}
-
-// T positions from `at` on, all taps of which lie within the map's width.
-template <int K, int T>
-BTI_FAST_INLINE void inside(const DilatedDepthwise& job, const Row& row, int64_t at) {
+// T positions from `at` on, a dilation apart, of every channel. Edge: some taps may lie beyond the map's width.
+template <int K, int T, bool Edge>
+void together(const DilatedDepthwise job, const Row row, int64_t at) {
   const int64_t channels = job.channels, step = job.dilation * channels;
-  const float* in = row.in + at * channels;
+  const int64_t left = at - K / 2 * job.dilation;  // of the first tap
+  const float* in = row.in + row.first * row.distance + left * channels;
+  const float* taps = job.weight + row.first * K * channels;
   float* out = row.out + at * channels;
   // What the next positions will load of the newest row, and where they will store: too many short streams for the
   // processor to foresee.
-  const float* next = in + (row.last - 1) * row.distance + (K - 1) * step + T * channels;
-  const auto vector = [&](int64_t c, auto load, auto store) {
-    VecF acc[T]{};
-    for (int64_t i = row.first; i < row.last; ++i) {
-      const float* from = in + i * row.distance + c;
-      const float* weight = job.weight + i * K * channels + c;
-      VecF w[K];
-#pragma GCC unroll 5
-      for (int j = 0; j < K; ++j) w[j] = load(weight + j * channels);
-      if (job.dilation == 1) {
+  const float* next = in + (row.last - 1 - row.first) * row.distance + (T + K - 1) * step;
+  bool within[T + K - 1];
+  for (int k = 0; k < T + K - 1; ++k) within[k] = left + k * job.dilation >= 0 && left + k * job.dilation < job.width;
+
+  const auto vector = [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+    if (c % kLine == 0) {
 #pragma GCC unroll 8
-        for (int k = 0; k < T + K - 1; ++k) {
-          const VecF x = load(from + k * channels);
-#pragma GCC unroll 5
-          for (int j = 0; j < K; ++j)
-            if (k - j >= 0 && k - j < T) acc[k - j] += w[j] * x;
-        }
-      } else {
-#pragma GCC unroll 5
-        for (int j = 0; j < K; ++j)
-#pragma GCC unroll 4
-          for (int t = 0; t < T; ++t) acc[t] += w[j] * load(from + j * step + t * channels);
+      for (int t = 0; t < T; ++t) {
+        __builtin_prefetch(next + c + t * step, 0, 2);
+        __builtin_prefetch(out + c + (T + t) * step, 1, 2);
       }
     }
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) store(finished(acc[t], job, c, load), out + t * channels + c);
+    VecF acc[T]{};
+    const float *from = in + c, *weight = taps + c;
+    for (int64_t i = row.first; i < row.last; ++i, from += row.distance, weight += K * channels) {
+      VecF x[T + K - 1];
+#pragma GCC unroll 16
+      for (int k = 0; k < T + K - 1; ++k) x[k] = !Edge || within[k] ? load(from + k * step) : VecF{};
+      // Tap by tap, so that no sum waits for its own last addition.
+#pragma GCC unroll 5
+      for (int j = 0; j < K; ++j) {
+        const VecF w = load(weight + j * channels);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) acc[t] += w * x[t + j];
+      }
+    }
+    if (job.scale != nullptr) {
+      const VecF scale = load(job.scale + c);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) acc[t] *= scale;
+    }
+    if (job.bias != nullptr) {
+      const VecF bias = load(job.bias + c);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) acc[t] += bias;
+    }
+    if (job.silu) {
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) acc[t] = silu(acc[t]);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) store(acc[t], out + c + t * step);
   };
   int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) {
-    if (c % kLine == 0) {
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        __builtin_prefetch(next + t * channels + c);
-        __builtin_prefetch(out + (T + t) * channels + c, 1);
-      }
-    }
+  for (; c + kLanes <= channels; c += kLanes)
     vector(c, [](const float* p) { return load_dense(p); }, [](VecF v, float* p) { store_dense(v, p); });
-  }
-  const int left = static_cast<int>(channels - c);
-  if (left > 0)
-    vector(c, [&](const float* p) { return load_first(p, left); }, [&](VecF v, float* p) { store_first(v, p, left); });
+  const int rest = static_cast<int>(channels - c);
+  if (rest > 0)
+    vector(c, [&](const float* p) { return load_first(p, rest); }, [&](VecF v, float* p) { store_first(v, p, rest); });
 }
 
-// One position, of which the taps [begin, end) of every row lie within the map's width.
-BTI_FAST_INLINE void at_edge(const DilatedDepthwise& job, const Row& row, int64_t at, int64_t begin, int64_t end) {
-  constexpr int kVectors = 4;  // or every addition would wait for the one before
-  const int64_t channels = job.channels, step = job.dilation * channels;
-  const float* in = row.in + at * channels;
-  float* out = row.out + at * channels;
-  const auto vectors = [&](int64_t c, auto count, auto load, auto store) {
-    constexpr int V = decltype(count)::value;
-    VecF acc[V]{};
-    for (int64_t i = row.first; i < row.last; ++i) {
-      const float* from = in + i * row.distance + c;
-      const float* weight = job.weight + i * job.kernel * channels + c;
-      for (int64_t j = begin; j < end; ++j)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v)
-          acc[v] += load(weight + j * channels + v * kLanes) * load(from + j * step + v * kLanes);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(finished(acc[v], job, c + v * kLanes, load), out + c + v * kLanes);
-  };
-  const auto load = [](const float* p) { return load_dense(p); };
-  const auto store = [](VecF v, float* p) { store_dense(v, p); };
-  int64_t c = 0;
-  for (; c + kVectors * kLanes <= channels; c += kVectors * kLanes)
-    vectors(c, std::integral_constant<int, kVectors>{}, load, store);
-  for (; c + kLanes <= channels; c += kLanes) vectors(c, std::integral_constant<int, 1>{}, load, store);
-  const int left = static_cast<int>(channels - c);
-  if (left > 0)
-    vectors(c, std::integral_constant<int, 1>{}, [&](const float* p) { return load_first(p, left); },
-            [&](VecF v, float* p) { store_first(v, p, left); });
+// Of the positions first + k dilation within the map; where the last ones are not T, some are computed twice.
+template <int K, int T>
+void phase(const DilatedDepthwise& job, const Row& row, int64_t first) {
+  const int64_t count = (job.width - first + job.dilation - 1) / job.dilation;
+  if constexpr (T > 1) {
+    if (count < T) return phase<K, T / 2>(job, row, first);
+  }
+  const int64_t reach = K / 2 * job.dilation;
+  for (int64_t k = 0; k < count; k += T) {
+    const int64_t at = first + (k + T <= count ? k : count - T) * job.dilation;
+    const bool edge = at < reach || at + (T - 1) * job.dilation + reach >= job.width;
+    edge ? together<K, T, true>(job, row, at) : together<K, T, false>(job, row, at);
+  }
 }
 
 // Taps begin .. end of a kernel whose first one lies at `first`, `dilation` apart, within 0 .. size.
@@ -125,26 +111,13 @@ Taps taps_within(int64_t first, int64_t kernel, int64_t dilation, int64_t size) 
 
 template <int K>
 void convolve_rows(const DilatedDepthwise& job, int64_t begin, int64_t end) {
-  const int64_t reach = K / 2 * job.dilation, length = job.width * job.channels;
+  const int64_t length = job.width * job.channels;
   for (int64_t number = begin; number < end; ++number) {
-    const int64_t sample = number / job.height, y = number % job.height;
-    const Taps rows = taps_within(y - reach, K, job.dilation, job.height);
-    const float* origin = job.x + sample * job.height * length + (y - reach) * length - reach * job.channels;
-    const Row row{origin, job.out + number * length, rows.begin, rows.end, job.dilation * length};
-    for (int64_t at = 0; at < job.width;) {
-      const int64_t free = at >= reach ? job.width - reach - at : 0;  // positions from here on that touch no edge
-      if (free >= 4) {
-        inside<K, 4>(job, row, at);
-        at += 4;
-      } else if (free >= 2) {
-        inside<K, 2>(job, row, at);
-        at += 2;
-      } else {
-        const Taps taps = taps_within(at - reach, K, job.dilation, job.width);
-        at_edge(job, row, at, taps.begin, taps.end);
-        at += 1;
-      }
-    }
+    const int64_t sample = number / job.height, top = number % job.height - K / 2 * job.dilation;
+    const Taps rows = taps_within(top, K, job.dilation, job.height);
+    const Row row{job.x + (sample * job.height + top) * length, job.out + number * length, rows.begin, rows.end,
+                  job.dilation * length};
+    for (int64_t at = 0; at < job.dilation && at < job.width; ++at) phase<K, kTogether>(job, row, at);
   }
 }
 

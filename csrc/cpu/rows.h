@@ -43,6 +43,18 @@ BTI_FAST_INLINE void store_first(VecF v, T* p, int n) {
     store<false>(v, p, 1, n);
   }
 }
+#if defined(__AVX512F__)
+// All ones in the low n bits of 16.
+BTI_FAST_INLINE __mmask16 low_bits(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1); }
+template <>
+BTI_FAST_INLINE VecF load_first(const float* p, int n) {
+  return bits_as<VecF>(_mm512_maskz_loadu_ps(low_bits(n), p));
+}
+template <>
+BTI_FAST_INLINE void store_first(VecF v, float* p, int n) {
+  _mm512_mask_storeu_ps(p, low_bits(n), bits_as<__m512>(v));
+}
+#endif
 
 // How many lanes of the next vector there are, with this many elements left.
 BTI_FAST_INLINE int lanes_left(int64_t left) {
