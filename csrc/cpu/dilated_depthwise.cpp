@@ -4,8 +4,8 @@
 
 #include <algorithm>
 #include <optional>
-#include <utility>
 
+#include "cpu/dense_floats.h"
 #include "cpu/operators.h"
 
 namespace bti_fast {
@@ -13,22 +13,6 @@ namespace bti_fast {
 namespace {
 
 constexpr int64_t kElementsPerTask = 1 << 14;  // work below this many outputs is not worth handing out
-
-const float* floats(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float, name, " must be float32, got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-  return static_cast<const float*>(tensor.const_data_ptr());
-}
-
-// Strides of dense memory, for the axes in this order from the slowest on; axes of one element may have any.
-bool lies(const Tensor& tensor, std::initializer_list<int64_t> axes) {
-  int64_t expected = 1;
-  for (auto axis = std::rbegin(axes); axis != std::rend(axes); ++axis) {
-    if (tensor.size(*axis) != 1 && tensor.stride(*axis) != expected) return false;
-    expected *= tensor.size(*axis);
-  }
-  return true;
-}
 
 }  // namespace
 
@@ -39,15 +23,12 @@ Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optiona
   STD_TORCH_CHECK(taps.dim() == 2 && taps.size(1) == channels && lies(taps, {0, 1}),
                   "taps must be (kernel * kernel, ", channels, "), contiguous");
   STD_TORCH_CHECK(taps.size(0) == 9 || taps.size(0) == 25, "taps must be of a 3x3 or 5x5 kernel, got ", taps.size(0));
-  for (const auto& [values, name] : {std::pair{&bias, "bias"}, std::pair{&scale, "scale"}})
-    STD_TORCH_CHECK(!*values || ((*values)->dim() == 1 && (*values)->size(0) == channels && lies(**values, {0})), name,
-                    " must be (", channels, ",), contiguous");
   STD_TORCH_CHECK(dilation >= 1, "dilation must be at least 1, got ", dilation);
   const Tensor out = torch::stable::empty_like(x);
   const DilatedDepthwise job{floats(x, "x"),
                              floats(taps, "taps"),
-                             scale ? floats(*scale, "scale") : nullptr,
-                             bias ? floats(*bias, "bias") : nullptr,
+                             channel_values(scale, "scale", channels),
+                             channel_values(bias, "bias", channels),
                              static_cast<float*>(out.mutable_data_ptr()),
                              channels,
                              x.size(2),

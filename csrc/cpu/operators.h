@@ -41,5 +41,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
 Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation,
                          const std::optional<Tensor>& scale, bool silu);
 void scaled_silu_(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);
+Tensor dilated_depthwise_weight(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t dilation);
 
 }  // namespace bti_fast

@@ -31,6 +31,7 @@ STABLE_TORCH_LIBRARY(bti_fast_cpu, m) {
       "dilated_depthwise(Tensor x, Tensor taps, Tensor? bias, int dilation, Tensor? scale=None, bool silu=False)"
       " -> Tensor");
   m.def("scaled_silu_(Tensor(a!) x, Tensor? scale, Tensor? shift) -> ()");
+  m.def("dilated_depthwise_weight(Tensor grad, Tensor x, int kernel, int dilation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
@@ -44,4 +45,5 @@ STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
   m.impl("cross_attention_backward", TORCH_BOX(&bti_fast::cross_attention_backward));
   m.impl("dilated_depthwise", TORCH_BOX(&bti_fast::dilated_depthwise));
   m.impl("scaled_silu_", TORCH_BOX(&bti_fast::scaled_silu_));
+  m.impl("dilated_depthwise_weight", TORCH_BOX(&bti_fast::dilated_depthwise_weight));
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cpu/dense_floats.h"
 #include "cpu/operators.h"
 
 namespace bti_fast {
@@ -11,14 +12,6 @@ namespace bti_fast {
 namespace {
 
 constexpr int64_t kElementsPerTask = 1 << 15;  // work below this many elements is not worth handing out
-
-const float* channel_values(const std::optional<Tensor>& values, const char* name, int64_t channels) {
-  if (!values) return nullptr;
-  STD_TORCH_CHECK(values->scalar_type() == torch::headeronly::ScalarType::Float && values->dim() == 1 &&
-                      values->size(0) == channels && values->is_contiguous(),
-                  name, " must be (", channels, ",), contiguous float32");
-  return static_cast<const float*>(values->const_data_ptr());
-}
 
 }  // namespace
 

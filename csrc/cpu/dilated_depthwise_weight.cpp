@@ -1,0 +1,57 @@
+#include "cpu/dilated_depthwise_weight.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "cpu/dense_floats.h"
+#include "cpu/operators.h"
+
+namespace bti_fast {
+
+namespace {
+
+constexpr int64_t kChannelsPerBlock = 256;  // so many sums of a 5x5 kernel fit into L1
+constexpr int64_t kTasks = 32;              // enough to keep threads equally busy
+constexpr int64_t kPositionsPerPart = 256;  // fewer would cost as much to put together as to add up
+constexpr int64_t kElementsPerTask = 1 << 12;
+
+}  // namespace
+
+Tensor dilated_depthwise_weight(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t dilation) {
+  STD_TORCH_CHECK(x.dim() == 4 && lies(x, {0, 2, 3, 1}), "x must be (B, C, H, W), dense and channels_last");
+  STD_TORCH_CHECK(grad.dim() == 4 && lies(grad, {0, 2, 3, 1}), "grad must be (B, C, H, W), dense and channels_last");
+  for (int64_t axis = 0; axis < 4; ++axis)
+    STD_TORCH_CHECK(grad.size(axis) == x.size(axis), "grad must have the shape of x, got ", grad.size(axis), " for ",
+                    x.size(axis), " along axis ", axis);
+  STD_TORCH_CHECK(kernel == 3 || kernel == 5, "kernel must be 3 or 5, got ", kernel);
+  STD_TORCH_CHECK(dilation >= 1, "dilation must be at least 1, got ", dilation);
+  const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+  // The division depends on the shape alone, so that the number of threads changes no bit.
+  const int64_t blocks = (channels + kChannelsPerBlock - 1) / kChannelsPerBlock;
+  const int64_t parts =
+      std::max<int64_t>(1, std::min({(kTasks + blocks - 1) / std::max<int64_t>(1, blocks), batch * height,
+                                     batch * height * width / kPositionsPerPart}));
+  const Tensor sums = torch::stable::new_empty(x, {parts, kernel * kernel, channels});
+  const Tensor out = torch::stable::new_empty(x, {kernel * kernel, channels});
+  const DilatedDepthwiseWeight job{floats(grad, "grad"),
+                                   floats(x, "x"),
+                                   static_cast<float*>(sums.mutable_data_ptr()),
+                                   static_cast<float*>(out.mutable_data_ptr()),
+                                   batch,
+                                   channels,
+                                   height,
+                                   width,
+                                   kernel,
+                                   dilation,
+                                   parts,
+                                   blocks};
+  const auto add = BTI_FAST_SELECT(dilated_depthwise_weight);
+  torch::stable::parallel_for(0, parts * blocks, 1, [&](int64_t begin, int64_t end) { add(job, begin, end); });
+  const auto sum = BTI_FAST_SELECT(dilated_depthwise_weight_sum);
+  torch::stable::parallel_for(0, out.numel(), kElementsPerTask,
+                              [&](int64_t begin, int64_t end) { sum(job, begin, end); });
+  return out;
+}
+
+}  // namespace bti_fast
