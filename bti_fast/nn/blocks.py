@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast.nn.dilated_depthwise import depthwise
+from bti_fast.nn.dual_path import gated, summarised
 from bti_fast.nn.folding import FoldedContextFusion, fold_conv, fold_relu
 from bti_fast.nn.pointwise import conv1x1
 from bti_fast.nn.recomputed import mixed_scales
@@ -96,7 +97,8 @@ class MultiScaleContextFusion(nn.Module):
 class DualPathAttention(nn.Module):
     """Channel attention from the pooled input times spatial attention from [max, mean] over channels.
 
-    (B, C, H, W) -> (B, C, H, W). Ties of the maximum share its gradient equally (`amax`).
+    (B, C, H, W) -> (B, C, H, W). Ties of the maximum share its gradient equally (`amax`). With `skip`, a map
+    like x, it gives relu(attention(x) + skip).
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
@@ -106,10 +108,10 @@ class DualPathAttention(nn.Module):
         self.channel_fc2 = nn.Linear(hidden, channels)
         self.spatial = nn.Conv2d(2, 1, 7, padding=3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        channel = self.channel_fc2(F.relu(self.channel_fc1(x.mean((2, 3))))).sigmoid()  # [B, C]
-        summary = torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)  # [B, 2, H, W]
-        return x * channel[:, :, None, None] * self.spatial(summary).sigmoid()
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        x, pooled, summary = summarised(x)
+        channel = self.channel_fc2(F.relu(self.channel_fc1(pooled))).sigmoid()  # [B, C]
+        return gated(x, channel, self.spatial(summary).sigmoid(), skip)
 
 
 class ResidualBlock(nn.Module):
@@ -125,13 +127,14 @@ class ResidualBlock(nn.Module):
         self.conv2 = SeparableConv(out_channels, out_channels)
         self.bn2 = batch_norm(out_channels)
         self.msf = MultiScaleContextFusion(out_channels)
-        self.att = DualPathAttention(out_channels) if attention else nn.Identity()
+        self.att = DualPathAttention(out_channels) if attention else None
         self.proj = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x))
-        y = self.att(self.msf(self.bn2(self.conv2(y))))
-        return F.relu_(y + self.proj(x))
+        y = self.msf(self.bn2(self.conv2(y)))
+        skip = self.proj(x)
+        return F.relu_(y + skip) if self.att is None else self.att(y, skip)
 
     def fold_(self) -> None:
         """Merges what inference allows, for good; `bti_fast.nn.folding.fold` calls it on a copy."""

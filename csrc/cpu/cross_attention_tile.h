@@ -6,6 +6,7 @@
 #include "cpu/cross_attention.h"
 #include "cpu/exp2.h"
 #include "cpu/product.h"
+#include "cpu/rows.h"
 #include "cpu/transpose.h"
 
 namespace bti_fast {
@@ -43,16 +44,6 @@ BTI_FAST_INLINE VecF log_positive(VecF x) {
   return x < __builtin_inff() ? finite : x;  // NaN and infinity
 }
 BTI_FAST_INLINE float log_positive(float x) { return log_positive(splat<VecF>(x))[0]; }
-
-BTI_FAST_INLINE float lane_sum(VecF v) {
-  typedef float Quarter __attribute__((vector_size(16)));
-  Quarter part[kBytes / 16];
-  std::memcpy(part, &v, sizeof(v));
-  for (int step = kBytes / 32; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) part[i] += part[i + step];
-  const Quarter q = part[0];
-  return (q[0] + q[1]) + (q[2] + q[3]);
-}
 
 // Lanes before `count` (counted from column `first`) hold 1, the others 0.
 BTI_FAST_INLINE VecF lanes_before(int64_t count, int64_t first) {

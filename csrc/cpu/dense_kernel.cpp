@@ -34,7 +34,7 @@ BTI_FAST_INLINE void dots(const DenseProduct& product, int64_t row, int64_t b) {
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s)
       product.out[(b + s) * product.rows + row + r] =
-          sum(acc[r][s]) + (product.bias ? product.bias[row + r] : 0.0f);
+          lane_sum(acc[r][s]) + (product.bias ? product.bias[row + r] : 0.0f);
 }
 
 // out[b, columns c ..] of S samples: sum over rows of v[b, row] matrix[row, c ..].

@@ -6,6 +6,7 @@
 
 #include "cpu/dense_floats.h"
 #include "cpu/operators.h"
+#include "cpu/part_sums.h"
 
 namespace bti_fast {
 
@@ -37,7 +38,6 @@ Tensor dilated_depthwise_weight(const Tensor& grad, const Tensor& x, int64_t ker
   const DilatedDepthwiseWeight job{floats(grad, "grad"),
                                    floats(x, "x"),
                                    static_cast<float*>(sums.mutable_data_ptr()),
-                                   static_cast<float*>(out.mutable_data_ptr()),
                                    batch,
                                    channels,
                                    height,
@@ -48,9 +48,10 @@ Tensor dilated_depthwise_weight(const Tensor& grad, const Tensor& x, int64_t ker
                                    blocks};
   const auto add = BTI_FAST_SELECT(dilated_depthwise_weight);
   torch::stable::parallel_for(0, parts * blocks, 1, [&](int64_t begin, int64_t end) { add(job, begin, end); });
-  const auto sum = BTI_FAST_SELECT(dilated_depthwise_weight_sum);
+  const PartSums summed{job.parts, static_cast<float*>(out.mutable_data_ptr()), parts, out.numel(), 1};
+  const auto sum = BTI_FAST_SELECT(part_sums);
   torch::stable::parallel_for(0, out.numel(), kElementsPerTask,
-                              [&](int64_t begin, int64_t end) { sum(job, begin, end); });
+                              [&](int64_t begin, int64_t end) { sum(summed, begin, end); });
   return out;
 }
 

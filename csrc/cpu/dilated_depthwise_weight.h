@@ -11,7 +11,6 @@ namespace bti_fast {
 struct DilatedDepthwiseWeight {
   const float *grad, *x;  // [batch, height, width, channels]
   float* parts;           // [part_count, kernel * kernel, channels]: sums over a share of the maps' rows each
-  float* out;             // [kernel * kernel, channels]
   int64_t batch, channels, height, width;
   int64_t kernel, dilation;         // kernel is 3 or 5; zeros around the map keep its size
   int64_t part_count, block_count;  // blocks of channels; from two on, each is longer than any vector
@@ -19,7 +18,5 @@ struct DilatedDepthwiseWeight {
 
 // Tasks [begin, end) of part_count * block_count; each writes its channels of its part.
 BTI_FAST_KERNEL(void, dilated_depthwise_weight, (const DilatedDepthwiseWeight& job, int64_t begin, int64_t end))
-// Elements [begin, end) of the result: the sum of the parts, in their order.
-BTI_FAST_KERNEL(void, dilated_depthwise_weight_sum, (const DilatedDepthwiseWeight& job, int64_t begin, int64_t end))
 
 }  // namespace bti_fast

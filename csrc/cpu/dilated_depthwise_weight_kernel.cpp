@@ -166,17 +166,5 @@ void dilated_depthwise_weight(const DilatedDepthwiseWeight& job, int64_t begin, 
   job.kernel == 3 ? add_parts<3>(job, begin, end) : add_parts<5>(job, begin, end);
 }
 
-void dilated_depthwise_weight_sum(const DilatedDepthwiseWeight& job, int64_t begin, int64_t end) {
-  typedef double Wide __attribute__((vector_size(2 * kBytes)));
-  const int64_t size = job.kernel * job.kernel * job.channels;
-  for (int64_t at = begin; at < end; at += kLanes) {
-    const int count = lanes_left(end - at);
-    Wide sum{};
-    for (int64_t part = 0; part < job.part_count; ++part)
-      sum += __builtin_convertvector(load_first(job.parts + part * size + at, count), Wide);
-    store_first(__builtin_convertvector(sum, VecF), job.out + at, count);
-  }
-}
-
 }  // namespace BTI_FAST_ISA
 }  // namespace bti_fast

@@ -77,7 +77,7 @@ WeightSums gates_of_tile(const Gate& gate, const float* u, int64_t n, float scal
     store_dense(keep(valid, gate.tau * sigmoid(gate.alpha * v + gate.offset)), gates + p);
     store_dense(w, weights + p);
   }
-  return {sum(sum_w), sum(sum_u)};
+  return {lane_sum(sum_w), lane_sum(sum_u)};
 }
 
 template <typename T, int N>
@@ -104,7 +104,7 @@ BTI_FAST_INLINE void fuse_rows(const T* x, int64_t x_stride, T* out, int64_t out
       store_first(v * (1 + gate * scale[i]), out + i * out_stride + p, left);
     }
   }
-  for (int i = 0; i < N; ++i) sums[i] = sum(acc[i]);
+  for (int i = 0; i < N; ++i) sums[i] = lane_sum(acc[i]);
 }
 
 // N pixels at once, so that the running sums over pixels are loaded and stored once for N.
@@ -189,7 +189,7 @@ BTI_FAST_INLINE void gradient_rows(Rows<T> x, Rows<T> g, T* out, int64_t out_str
   int64_t p = 0;
   for (; p + kLanes <= n; p += kLanes) block(p, Yes{});
   if (p < n) block(p, No{});
-  for (int i = 0; i < N; ++i) sums[i] = sum(acc[i]);
+  for (int i = 0; i < N; ++i) sums[i] = lane_sum(acc[i]);
 }
 
 template <typename T, int N>
@@ -213,7 +213,7 @@ BTI_FAST_INLINE void gradient_pixels(Rows<T> x, Rows<T> g, T* out, int64_t out_s
     }
     store_first(acc, sums + c, left);
   }
-  for (int i = 0; i < N; ++i) tile.t[p + i] = sum(t[i]), tile.q[p + i] = sum(q[i]);
+  for (int i = 0; i < N; ++i) tile.t[p + i] = lane_sum(t[i]), tile.q[p + i] = lane_sum(q[i]);
 }
 
 // grad logits of one tile, from the gradient of u.
@@ -293,8 +293,8 @@ void backward_tiles(const FusionBackward& job, int64_t begin, int64_t end) {
       sum_eu += e * v;
       store_dense(load_first(grad_u + p, left) + mean + gate.alpha * e - load_dense(tile.q + p) * inverse, tile.u + p);
     }
-    sums[channels] = sum(sum_e);
-    sums[channels + 1] = sum(sum_eu);
+    sums[channels] = lane_sum(sum_e);
+    sums[channels + 1] = lane_sum(sum_eu);
     logits_of_tile(job, b, p0, n, tile.u);
   }
 }

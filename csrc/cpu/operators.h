@@ -42,5 +42,12 @@ Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optiona
                          const std::optional<Tensor>& scale, bool silu);
 void scaled_silu_(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);
 Tensor dilated_depthwise_weight(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t dilation);
+std::tuple<Tensor, Tensor> dual_path_summary(const Tensor& x);
+void dual_path_summary_gradient_(const Tensor& grad, const Tensor& x, const Tensor& summary, const Tensor& grad_pooled,
+                                 const Tensor& grad_summary);
+Tensor dual_path_gate(const Tensor& x, const Tensor& channel, const Tensor& spatial, const std::optional<Tensor>& skip);
+std::tuple<Tensor, Tensor, Tensor, Tensor> dual_path_gate_gradient(const Tensor& grad, const Tensor& x,
+                                                                   const Tensor& channel, const Tensor& spatial,
+                                                                   const std::optional<Tensor>& out);
 
 }  // namespace bti_fast

@@ -32,6 +32,14 @@ STABLE_TORCH_LIBRARY(bti_fast_cpu, m) {
       " -> Tensor");
   m.def("scaled_silu_(Tensor(a!) x, Tensor? scale, Tensor? shift) -> ()");
   m.def("dilated_depthwise_weight(Tensor grad, Tensor x, int kernel, int dilation) -> Tensor");
+  m.def("dual_path_summary(Tensor x) -> (Tensor, Tensor)");
+  m.def(
+      "dual_path_summary_gradient_(Tensor(a!) grad, Tensor x, Tensor summary, Tensor grad_pooled, Tensor grad_summary)"
+      " -> ()");
+  m.def("dual_path_gate(Tensor x, Tensor channel, Tensor spatial, Tensor? skip) -> Tensor");
+  m.def(
+      "dual_path_gate_gradient(Tensor grad, Tensor x, Tensor channel, Tensor spatial, Tensor? out)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
@@ -46,4 +54,8 @@ STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
   m.impl("dilated_depthwise", TORCH_BOX(&bti_fast::dilated_depthwise));
   m.impl("scaled_silu_", TORCH_BOX(&bti_fast::scaled_silu_));
   m.impl("dilated_depthwise_weight", TORCH_BOX(&bti_fast::dilated_depthwise_weight));
+  m.impl("dual_path_summary", TORCH_BOX(&bti_fast::dual_path_summary));
+  m.impl("dual_path_summary_gradient_", TORCH_BOX(&bti_fast::dual_path_summary_gradient_));
+  m.impl("dual_path_gate", TORCH_BOX(&bti_fast::dual_path_gate));
+  m.impl("dual_path_gate_gradient", TORCH_BOX(&bti_fast::dual_path_gate_gradient));
 }

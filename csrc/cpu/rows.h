@@ -61,6 +61,14 @@ BTI_FAST_INLINE int lanes_left(int64_t left) {
   return left < VecOf<float>::lanes ? static_cast<int>(left) : VecOf<float>::lanes;
 }
 
+// f(first element, lanes) for each vector of `count` elements.
+template <typename F>
+BTI_FAST_INLINE void each_vector(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + VecOf<float>::lanes <= count; i += VecOf<float>::lanes) f(i, VecOf<float>::lanes);
+  if (i < count) f(i, static_cast<int>(count - i));
+}
+
 BTI_FAST_INLINE VecI load_mask(const int32_t* p) {
   VecI m;
   std::memcpy(&m, p, sizeof(m));
@@ -77,12 +85,19 @@ BTI_FAST_INLINE VecI first_lanes(int n) {
 // v where the mask is set, zero (also for NaN) elsewhere.
 BTI_FAST_INLINE VecF keep(VecI mask, VecF v) { return bits_as<VecF>(bits_as<VecI>(v) & mask); }
 
-BTI_FAST_INLINE float sum(VecF v) {
-  float lane[VecOf<float>::lanes];
-  std::memcpy(lane, &v, sizeof(v));
-  for (int half = VecOf<float>::lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+// What `op` makes of all lanes, taken in pairs.
+template <typename Op>
+BTI_FAST_INLINE float across(VecF v, Op op) {
+  typedef float Quarter __attribute__((vector_size(16)));
+  Quarter part[kBytes / 16];
+  std::memcpy(part, &v, sizeof(v));
+  for (int step = kBytes / 32; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) part[i] = op(part[i], part[i + step]);
+  const Quarter q = part[0];
+  return op(op(q[0], q[1]), op(q[2], q[3]));
+}
+BTI_FAST_INLINE float lane_sum(VecF v) {
+  return across(v, [](auto a, auto b) { return a + b; });
 }
 
 BTI_FAST_INLINE VecF sigmoid(VecF x) {

@@ -9,23 +9,16 @@ namespace BTI_FAST_ISA {
 
 namespace {
 
-constexpr int kLanes = VecOf<float>::lanes;
-
 void plain(float* x, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store_dense(silu(load_dense(x + i)), x + i);
-  const int left = static_cast<int>(count - i);
-  if (left > 0) store_first(silu(load_first(x + i, left)), x + i, left);
+  each_vector(count, [&](int64_t i, int n)
+                         __attribute__((always_inline)) { store_first(silu(load_first(x + i, n)), x + i, n); });
 }
 
 void scaled(const ScaledSilu& job, float* x) {
-  const auto vector = [&](int64_t c, int n) __attribute__((always_inline)) {
+  each_vector(job.channels, [&](int64_t c, int n) __attribute__((always_inline)) {
     const VecF y = load_first(x + c, n) * load_first(job.scale + c, n) + load_first(job.shift + c, n);
     store_first(silu(y), x + c, n);
-  };
-  int64_t c = 0;
-  for (; c + kLanes <= job.channels; c += kLanes) vector(c, kLanes);
-  if (c < job.channels) vector(c, static_cast<int>(job.channels - c));
+  });
 }
 
 }  // namespace

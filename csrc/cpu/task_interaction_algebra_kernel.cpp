@@ -26,7 +26,7 @@ BTI_FAST_INLINE void each(int64_t n, const Run& run) {
 float dot(const float* a, const float* b, int64_t n) {
   VecF total{};
   each(n, [&](int64_t i, int left) { total += load_first(a + i, left) * load_first(b + i, left); });
-  return sum(total);
+  return lane_sum(total);
 }
 
 float scalar_sigmoid(float x) { return 1 / (1 + ::expf(-x)); }
@@ -48,13 +48,13 @@ struct Moments {
 Moments moments_of(const float* y, const float* delta, int64_t n) {
   VecF total{};
   each(n, [&](int64_t i, int left) { total += load_first(y + i, left) + load_first(delta + i, left); });
-  const float mean = sum(total) / static_cast<float>(n);
+  const float mean = lane_sum(total) / static_cast<float>(n);
   VecF square{};
   each(n, [&](int64_t i, int left) {
     const VecF d = keep(first_lanes(left), load_first(y + i, left) + load_first(delta + i, left) - mean);
     square += d * d;
   });
-  return {mean, sum(square) / static_cast<float>(n)};
+  return {mean, lane_sum(square) / static_cast<float>(n)};
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ void sums_of_row(const InteractionPass& pass, const T* row, const Tile& tile, Ve
     total[1] += load_dense(row + p + kLanes);
   }
   for (; p < tile.end; p += kLanes) total[0] += load_first(row + p, lanes_left(tile.end - p));
-  *out = sum(total[0] + total[1]);
+  *out = lane_sum(total[0] + total[1]);
   if (!pass.complexity) return;
   VecF acc{};
   for (int a = 0; a < pass.axes.count; ++a) {
@@ -81,7 +81,7 @@ float dot_of_row(const T* x, const T* g, int64_t n) {
   int64_t p = 0;
   for (; p + kLanes <= n; p += kLanes) total += load_dense(x + p) * load_dense(g + p);
   if (p < n) total += load_first(x + p, lanes_left(n - p)) * load_first(g + p, lanes_left(n - p));
-  return sum(total);
+  return lane_sum(total);
 }
 
 // Packs pixels [first, first + n) of all channels as strip[c][kPanel], zero beyond n.
@@ -170,7 +170,7 @@ void forward_tile(const InteractionPass& pass, int64_t task, Scratch& scratch) {
     for (int64_t c = 0; c < channels; c += kLanes)
       sums_of_channels(pass, x + c, tile, lanes_left(channels - c), differences, sums + c);
   }
-  sums[width - 1] = sum(differences);
+  sums[width - 1] = lane_sum(differences);
 
   float* totals = scratch.hidden.data();
   scratch.hidden.clear();
@@ -194,7 +194,7 @@ void forward_tile(const InteractionPass& pass, int64_t task, Scratch& scratch) {
       });
     }
   }
-  for (int64_t h = 0; h < pass.hidden; ++h) sums[channels + h] = sum(load_dense(totals + h * kLanes));
+  for (int64_t h = 0; h < pass.hidden; ++h) sums[channels + h] = lane_sum(load_dense(totals + h * kLanes));
 }
 
 template <typename T>
@@ -254,7 +254,7 @@ void backward_tile(const InteractionPass& pass, int64_t task, Scratch& scratch, 
       for (int i = 0; i < kPanel; ++i)
         out[group * kSignBlock + i] = static_cast<uint8_t>(fours.data()[group * kPanel + i]);
   }
-  for (int64_t h = 0; h < pass.hidden; ++h) sums[channels + h] = sum(load_dense(active + h * kLanes));
+  for (int64_t h = 0; h < pass.hidden; ++h) sums[channels + h] = lane_sum(load_dense(active + h * kLanes));
 }
 
 template <typename T>

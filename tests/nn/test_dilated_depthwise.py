@@ -10,15 +10,7 @@ from torch import nn
 from bti_fast import _library
 from bti_fast.nn.dilated_depthwise import depthwise, dilated_depthwise
 
-NATIVE = _library.native()[0]
 compiled = pytest.mark.skipif(_library.load("cpu") is not None, reason=str(_library.load("cpu")))
-
-
-@pytest.fixture(params=NATIVE.supported_isas() if NATIVE else ())
-def isa(request):
-    NATIVE.force_isa(request.param)
-    yield request.param
-    NATIVE.force_isa("auto")
 
 
 @pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (3, 4), (5, 1), (5, 2), (7, 1)])

@@ -14,18 +14,10 @@ from bti_fast.nn.normalised_silu import depthwise_silu, normalised_silu
 
 from .autograd import bytes_kept, with_gradients
 
-NATIVE = _library.native()[0]
 compiled = pytest.mark.skipif(_library.load("cpu") is not None, reason=str(_library.load("cpu")))
 LAYOUTS = pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
 )
-
-
-@pytest.fixture(params=NATIVE.supported_isas() if NATIVE else ())
-def isa(request):
-    NATIVE.force_isa(request.param)
-    yield request.param
-    NATIVE.force_isa("auto")
 
 
 @LAYOUTS
