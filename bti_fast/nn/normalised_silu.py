@@ -24,10 +24,19 @@ def normalised_silu(norm: nn.Module, x: Tensor) -> Tensor:
             return F.silu(norm(x), inplace=True)
         torch.ops.bti_fast_cpu.scaled_silu_(x.permute(0, 2, 3, 1), *line)
         return x
-    if not (recomputes(x) and isinstance(norm, nn.BatchNorm2d)) or synchronises(norm):
+    if not recomputes(x) or not isinstance(norm, nn.BatchNorm2d) or norm.weight is None or synchronises(norm):
         return F.silu(norm(x))
-    momentum = counted_share(norm) if norm.training else 0.0
-    statistics = norm.running_mean, norm.running_var, norm.training, momentum, norm.eps
+    by_batch = norm.training or norm.running_mean is None
+    if by_batch and x.numel() <= x.shape[1]:
+        raise ValueError(f"x: found shape {tuple(x.shape)}, needed more than one value per channel")
+    moves = norm.training and norm.running_mean is not None
+    statistics = (
+        norm.running_mean,
+        norm.running_var,
+        by_batch,
+        counted_share(norm) if moves else 0.0,
+        norm.eps,
+    )
     return _NormalisedSilu.apply(x, norm.weight, norm.bias, *statistics)[0]
 
 
@@ -55,17 +64,19 @@ def _line(norm: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
 
 class _NormalisedSilu(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, running_mean, running_var, training, momentum, eps):
+    def forward(x, weight, bias, running_mean, running_var, by_batch, momentum, eps):
+        if takes_kernels(x, weight, bias, running_mean, running_var):
+            return _forward(x, weight, bias, running_mean, running_var, by_batch, momentum, eps)
         y, mean, inverse = torch.native_batch_norm(
-            x, weight, bias, running_mean, running_var, training, momentum, eps
+            x, weight, bias, running_mean, running_var, by_batch, momentum, eps
         )
-        if not training:
+        if not by_batch:
             mean, inverse = running_mean.clone(), (running_var + eps).rsqrt()
         return F.silu(y, inplace=True), mean, inverse
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, _, _, ctx.training, _, ctx.eps = inputs
+        x, weight, bias, _, _, ctx.by_batch, _, ctx.eps = inputs
         _, mean, inverse = output
         ctx.mark_non_differentiable(mean, inverse)
         ctx.save_for_backward(x, weight, bias, mean, inverse)
@@ -73,20 +84,55 @@ class _NormalisedSilu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         x, weight, bias, mean, inverse = ctx.saved_tensors
+        nothing = (None,) * 5
         if torch.is_grad_enabled():  # for second derivatives
-            own = (None, None) if ctx.training else (mean, inverse.square().reciprocal() - ctx.eps)
-            y = F.silu(F.batch_norm(x, *own, weight, bias, ctx.training, 0.0, ctx.eps))
+            own = (None, None) if ctx.by_batch else (mean, inverse.square().reciprocal() - ctx.eps)
+            y = F.silu(F.batch_norm(x, *own, weight, bias, ctx.by_batch, 0.0, ctx.eps))
             learned = [value for value in (x, weight, bias) if value.requires_grad]
             found = iter(torch.autograd.grad(y, learned, grad, create_graph=True))
-            grads = (next(found) if value.requires_grad else None for value in (x, weight, bias))
-            return *grads, None, None, None, None, None
+            return *(next(found) if value.requires_grad else None for value in (x, weight, bias)), *nothing
+        if x.numel() == 0:  # torch's layer divides by zero
+            return *(torch.zeros_like(value) for value in (x, weight, bias)), *nothing
+        if x.dtype == grad.dtype and takes_kernels(x, weight, bias):
+            return *_backward(grad, x, weight, bias, mean, inverse, ctx.by_batch), *nothing
         scale = weight * inverse
         shift = bias - mean * scale
         y = torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(grad.dtype)
         variance = inverse.square().reciprocal() - ctx.eps  # read in evaluation only, as is the mean
         grads = torch.ops.aten.native_batch_norm_backward(
             torch.ops.aten.silu_backward(grad, y),
-            *(x, weight, mean, variance, mean, inverse, ctx.training, ctx.eps),
+            *(x, weight, mean, variance, mean, inverse, ctx.by_batch, ctx.eps),
             list(ctx.needs_input_grad[:3]),
         )
-        return *grads, None, None, None, None, None
+        return *grads, *nothing
+
+
+def _forward(x, weight, bias, running_mean, running_var, by_batch, momentum, eps):
+    """What _NormalisedSilu gives, by the kernels."""
+    rows = x.permute(0, 2, 3, 1)
+    mean, variance = running_mean, running_var
+    if by_batch:
+        mean, variance = torch.ops.bti_fast_cpu.batch_statistics(rows)
+        if running_mean is not None:
+            count = x.numel() // x.shape[1]
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(variance * (count / (count - 1)), momentum)  # unbiased, as torch keeps it
+    inverse = (variance + eps).rsqrt()
+    scale = weight * inverse
+    y = torch.ops.bti_fast_cpu.scaled_silu(rows, scale, bias - mean * scale)
+    return y.permute(0, 3, 1, 2), mean if by_batch else mean.clone(), inverse
+
+
+def _backward(grad, x, weight, bias, mean, inverse, by_batch):
+    """Gradients of x, weight and bias, by the kernels."""
+    grad, rows = (maps.permute(0, 2, 3, 1).contiguous() for maps in (grad, x))
+    scale = weight * inverse
+    shift = bias - mean * scale
+    to_bias, product = torch.ops.bti_fast_cpu.scaled_silu_sums(grad, rows, scale, shift, mean).unbind()
+    to_weight = product * inverse
+    of_statistics = None, None, None
+    if by_batch:
+        share = -scale / (x.numel() // x.shape[1])
+        of_statistics = mean, share * inverse * to_weight, share * to_bias
+    to_x = torch.ops.bti_fast_cpu.scaled_silu_gradient(grad, rows, scale, shift, *of_statistics)
+    return to_x.permute(0, 3, 1, 2), to_weight, to_bias

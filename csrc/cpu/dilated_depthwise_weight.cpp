@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t kChannelsPerBlock = 256;  // so many sums of a 5x5 kernel fit into L1
 constexpr int64_t kTasks = 32;              // enough to keep threads equally busy
 constexpr int64_t kPositionsPerPart = 256;  // fewer would cost as much to put together as to add up
-constexpr int64_t kElementsPerTask = 1 << 12;
 
 }  // namespace
 
@@ -48,10 +47,7 @@ Tensor dilated_depthwise_weight(const Tensor& grad, const Tensor& x, int64_t ker
                                    blocks};
   const auto add = BTI_FAST_SELECT(dilated_depthwise_weight);
   torch::stable::parallel_for(0, parts * blocks, 1, [&](int64_t begin, int64_t end) { add(job, begin, end); });
-  const PartSums summed{job.parts, static_cast<float*>(out.mutable_data_ptr()), parts, out.numel(), 1};
-  const auto sum = BTI_FAST_SELECT(part_sums);
-  torch::stable::parallel_for(0, out.numel(), kElementsPerTask,
-                              [&](int64_t begin, int64_t end) { sum(summed, begin, end); });
+  sum_parts({job.parts, static_cast<float*>(out.mutable_data_ptr()), parts, out.numel(), 1}, 1);
   return out;
 }
 

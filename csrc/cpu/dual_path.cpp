@@ -51,11 +51,8 @@ float* memory(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_
 // [B, C]: factor times the sums of the parts.
 Tensor summed(const Tensor& sums, const Shape& shape, double factor) {
   const Tensor out = torch::stable::new_empty(sums, {shape.batch, shape.channels});
-  const PartSums job{static_cast<const float*>(sums.const_data_ptr()), memory(out), shape.part_count(), shape.channels,
-                     factor};
-  const auto sum = BTI_FAST_SELECT(part_sums);
-  torch::stable::parallel_for(0, out.numel(), std::max<int64_t>(1, kElementsPerTask / shape.part_count()),
-                              [&](int64_t begin, int64_t end) { sum(job, begin, end); });
+  sum_parts({static_cast<const float*>(sums.const_data_ptr()), memory(out), shape.part_count(), shape.channels, factor},
+            shape.batch);
   return out;
 }
 

@@ -40,7 +40,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
 // For bti_fast.nn alone: no public operator.
 Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation,
                          const std::optional<Tensor>& scale, bool silu);
+Tensor scaled_silu(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);
 void scaled_silu_(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);
+Tensor scaled_silu_sums(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                        const Tensor& mean);
+Tensor scaled_silu_gradient(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                            const std::optional<Tensor>& mean, const std::optional<Tensor>& slope,
+                            const std::optional<Tensor>& offset);
+std::tuple<Tensor, Tensor> batch_statistics(const Tensor& x);
 Tensor dilated_depthwise_weight(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t dilation);
 std::tuple<Tensor, Tensor> dual_path_summary(const Tensor& x);
 void dual_path_summary_gradient_(const Tensor& grad, const Tensor& x, const Tensor& summary, const Tensor& grad_pooled,

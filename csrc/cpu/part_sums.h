@@ -17,4 +17,7 @@ struct PartSums {
 // Elements [begin, end) of the result.
 BTI_FAST_KERNEL(void, part_sums, (const PartSums& job, int64_t begin, int64_t end))
 
+// All of them, for so many groups.
+void sum_parts(const PartSums& job, int64_t groups);
+
 }  // namespace bti_fast

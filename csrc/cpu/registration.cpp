@@ -30,6 +30,12 @@ STABLE_TORCH_LIBRARY(bti_fast_cpu, m) {
   m.def(
       "dilated_depthwise(Tensor x, Tensor taps, Tensor? bias, int dilation, Tensor? scale=None, bool silu=False)"
       " -> Tensor");
+  m.def("batch_statistics(Tensor x) -> (Tensor, Tensor)");
+  m.def("scaled_silu(Tensor x, Tensor? scale, Tensor? shift) -> Tensor");
+  m.def("scaled_silu_sums(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor mean) -> Tensor");
+  m.def(
+      "scaled_silu_gradient(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor? mean, Tensor? slope,"
+      " Tensor? offset) -> Tensor");
   m.def("scaled_silu_(Tensor(a!) x, Tensor? scale, Tensor? shift) -> ()");
   m.def("dilated_depthwise_weight(Tensor grad, Tensor x, int kernel, int dilation) -> Tensor");
   m.def("dual_path_summary(Tensor x) -> (Tensor, Tensor)");
@@ -52,6 +58,10 @@ STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
   m.impl("cross_attention", TORCH_BOX(&bti_fast::cross_attention));
   m.impl("cross_attention_backward", TORCH_BOX(&bti_fast::cross_attention_backward));
   m.impl("dilated_depthwise", TORCH_BOX(&bti_fast::dilated_depthwise));
+  m.impl("batch_statistics", TORCH_BOX(&bti_fast::batch_statistics));
+  m.impl("scaled_silu", TORCH_BOX(&bti_fast::scaled_silu));
+  m.impl("scaled_silu_sums", TORCH_BOX(&bti_fast::scaled_silu_sums));
+  m.impl("scaled_silu_gradient", TORCH_BOX(&bti_fast::scaled_silu_gradient));
   m.impl("scaled_silu_", TORCH_BOX(&bti_fast::scaled_silu_));
   m.impl("dilated_depthwise_weight", TORCH_BOX(&bti_fast::dilated_depthwise_weight));
   m.impl("dual_path_summary", TORCH_BOX(&bti_fast::dual_path_summary));

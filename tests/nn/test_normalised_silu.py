@@ -71,6 +71,93 @@ def test_less_is_kept_for_backward():
     assert bytes_kept(lambda: normalised_silu(norm, x)) < 1.1 * one_map < bytes_kept(lambda: F.silu(norm(x)))
 
 
+@compiled
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(8, 37, 1, 1), (3, 5, 16, 13), (1, 70, 3, 5), (2, 24, 31, 17)], ids=str)
+def test_training_of_every_instruction_set(isa, shape, training):
+    torch.manual_seed(0)
+    norm = _norm(shape[1]).train(training)
+    truth = copy.deepcopy(norm).double()
+    x = (3 * torch.randn(shape) + 20).contiguous(memory_format=torch.channels_last).requires_grad_()
+    cotangent = torch.randn(shape)
+    exact = x.detach().double().requires_grad_()
+    for mine, theirs in zip(
+        with_gradients(normalised_silu(norm, x), (x, *norm.parameters()), cotangent),
+        with_gradients(F.silu(truth(exact)), (exact, *truth.parameters()), cotangent.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
+    for name, value in truth.named_buffers():
+        torch.testing.assert_close(norm.get_buffer(name).to(value), value, rtol=1e-6, atol=1e-6)
+
+
+@compiled
+def test_statistics_of_every_instruction_set(isa):
+    torch.manual_seed(0)
+    x = torch.randn(5000, 37) * torch.logspace(0, 3, 37) + torch.linspace(-1e3, 1e3, 37)
+    mean, variance = torch.ops.bti_fast_cpu.batch_statistics(x)
+    torch.testing.assert_close(mean.double(), x.double().mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), x.double().var(0, correction=0), rtol=1e-5, atol=0)
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 129])
+def test_slope_over_the_range_of_every_instruction_set(isa, rows):
+    x = torch.linspace(-200, 200, rows * 75).reshape(rows, 75)
+    exact = x.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.silu(exact).sum(), exact)
+    ones, zeros = torch.ones(75), torch.zeros(75)
+    got = torch.ops.bti_fast_cpu.scaled_silu_gradient(torch.ones_like(x), x, ones, zeros, None, None, None)
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-6, atol=1e-6)
+    sums = torch.ops.bti_fast_cpu.scaled_silu_sums(torch.ones_like(x), x, ones, zeros, zeros)
+    wanted = torch.stack((wanted.sum(0), (wanted * x.double()).sum(0)))
+    torch.testing.assert_close(sums.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@compiled
+def test_the_number_of_threads_changes_no_bit():
+    torch.manual_seed(0)
+    x = torch.randn(2, 48, 40, 41).contiguous(memory_format=torch.channels_last).requires_grad_()
+    cotangent = torch.randn_like(x)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            norm = nn.BatchNorm2d(48)
+            found.append(with_gradients(normalised_silu(norm, x), (x, *norm.parameters()), cotangent))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_layers_that_are_not_all_there(weight_grad):
+    """Without weights or statistics, and with frozen weights."""
+    torch.manual_seed(0)
+    frozen = _norm(5)
+    frozen.requires_grad_(weight_grad)
+    for norm in (nn.BatchNorm2d(5, affine=False), nn.BatchNorm2d(5, track_running_stats=False), frozen):
+        for training in (True, False):
+            truth = copy.deepcopy(norm.train(training)).double()
+            x = torch.randn(3, 5, 4, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+            exact = x.detach().double().requires_grad_()
+            mine = with_gradients(normalised_silu(norm, x), (x,), torch.ones_like(x))
+            theirs = with_gradients(F.silu(truth(exact)), (exact,), torch.ones_like(exact))
+            for a, b in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_one_value_per_channel_changes_nothing(batch):
+    norm = _norm(5)
+    before = copy.deepcopy(norm.state_dict())
+    with pytest.raises(ValueError, match=rf"x: found shape \({batch}, 5, 1, 1\), needed more than one value"):
+        normalised_silu(norm, torch.randn(batch, 5, 1, 1, requires_grad=True))
+    for name, value in before.items():
+        assert torch.equal(norm.state_dict()[name], value)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_second_order_gradients(training):
     torch.manual_seed(0)
@@ -156,6 +243,14 @@ def test_no_elements():
     torch.ops.bti_fast_cpu.scaled_silu_(x, None, None)
     torch.ops.bti_fast_cpu.scaled_silu_(torch.zeros(3, 0), torch.zeros(0), torch.zeros(0))
     assert x.shape == (0, 4)
+
+
+def test_empty_batch():
+    norm = _norm(5).eval()
+    x = torch.zeros(0, 5, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    grads = torch.autograd.grad(normalised_silu(norm, x).sum(), (x, *norm.parameters()))
+    assert [g.shape for g in grads] == [(0, 5, 3, 3), (5,), (5,)]
+    assert not any(g.any() for g in grads)
 
 
 def _norm(channels):
