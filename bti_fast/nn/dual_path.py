@@ -21,8 +21,7 @@ def summarised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def gated(x: Tensor, channel: Tensor, spatial: Tensor, skip: Tensor | None = None) -> Tensor:
     """x (B, C, H, W) · channel (B, C) · spatial (B, 1, H, W); with skip (B, C, H, W): relu(that + skip)."""
-    operands = [x, channel, spatial] if skip is None else [x, channel, spatial, skip]
-    if x.numel() == 0 or not (takes_kernels(*operands) and _is_map_like(x, skip)):
+    if x.numel() == 0 or not (takes_kernels(x, channel, spatial, skip) and _is_map_like(x, skip)):
         return _gated(x, channel, spatial, skip)
     return (_Gated.apply if torch.is_grad_enabled() else _compiled_gated)(x, channel, spatial, skip)
 

@@ -16,6 +16,9 @@ inline const float* floats(const torch::stable::Tensor& tensor, const char* name
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
+// Of a tensor that was made here, or that is overwritten.
+inline float* memory(const torch::stable::Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
 // Strides of dense memory, for the axes in this order from the slowest on; axes of one element may have any, and empty
 // tensors too.
 inline bool lies(const torch::stable::Tensor& tensor, std::initializer_list<int64_t> axes) {

@@ -29,7 +29,7 @@ Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optiona
                              floats(taps, "taps"),
                              channel_values(scale, "scale", channels),
                              channel_values(bias, "bias", channels),
-                             static_cast<float*>(out.mutable_data_ptr()),
+                             memory(out),
                              channels,
                              x.size(2),
                              x.size(3),

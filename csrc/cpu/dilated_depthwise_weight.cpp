@@ -36,7 +36,7 @@ Tensor dilated_depthwise_weight(const Tensor& grad, const Tensor& x, int64_t ker
   const Tensor out = torch::stable::new_empty(x, {kernel * kernel, channels});
   const DilatedDepthwiseWeight job{floats(grad, "grad"),
                                    floats(x, "x"),
-                                   static_cast<float*>(sums.mutable_data_ptr()),
+                                   memory(sums),
                                    batch,
                                    channels,
                                    height,
@@ -47,7 +47,7 @@ Tensor dilated_depthwise_weight(const Tensor& grad, const Tensor& x, int64_t ker
                                    blocks};
   const auto add = BTI_FAST_SELECT(dilated_depthwise_weight);
   torch::stable::parallel_for(0, parts * blocks, 1, [&](int64_t begin, int64_t end) { add(job, begin, end); });
-  sum_parts({job.parts, static_cast<float*>(out.mutable_data_ptr()), parts, out.numel(), 1}, 1);
+  sum_parts({job.parts, memory(out), parts, out.numel(), 1}, 1);
   return out;
 }
 

@@ -46,8 +46,6 @@ const float* rows_of(const Tensor& rows, int64_t first, int64_t second, int64_t 
   return floats(rows, name);
 }
 
-float* memory(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
 // [B, C]: factor times the sums of the parts.
 Tensor summed(const Tensor& sums, const Shape& shape, double factor) {
   const Tensor out = torch::stable::new_empty(sums, {shape.batch, shape.channels});

@@ -38,8 +38,6 @@ const float* rows_like(const Tensor& other, const Tensor& x, const char* name) {
   return floats(other, name);
 }
 
-float* memory(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
 void compute(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
              const Tensor& out) {
   const Rows rows = rows_of(x, "x");

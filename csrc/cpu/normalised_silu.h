@@ -18,24 +18,24 @@ struct ScaledSilu {
 
 // Rows [k * rows / part_count, ..) are part k.
 struct BatchStatistics {
-  const float* x;      // [rows, channels]
-  float *mean, *square;  // [part_count, channels]: of each part, the squares those of what is left after its mean, summed
-  float *out_mean, *out_variance;  // [channels], of all rows; the variance of the rows alone, without Bessel's correction
+  const float* x;                  // [rows, channels]
+  float* mean;                     // [part_count, channels], of each part
+  float* square;                   // [part_count, channels]: squares of what is left of it after its mean, summed
+  float *out_mean, *out_variance;  // [channels], of all rows; without Bessel's correction
   int64_t rows, channels, part_count;
 };
 
 struct ScaledSiluSums {
-  const float *grad, *x;                // [rows, channels]
-  const float *scale, *shift, *mean;    // [channels]
+  const float *grad, *x;              // [rows, channels]
+  const float *scale, *shift, *mean;  // [channels]
   float* sums;  // [part_count, 2, channels]: of the gradient before silu, and of its product with x - mean
   int64_t rows, channels, part_count;
 };
 
 struct ScaledSiluGradient {
-  const float *grad, *x;
-  const float *scale, *shift;
-  // [channels], or none of them: offset + slope * (x - mean) is what the statistics of the batch add.
-  const float *mean, *slope, *offset;
+  const float *grad, *x;                // [rows, channels]
+  const float *scale, *shift;           // [channels]
+  const float *mean, *slope, *offset;   // [channels] or none: the batch's statistics add offset + slope * (x - mean)
   float* out;
   int64_t channels;
 };

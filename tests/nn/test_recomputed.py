@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bti_fast import _library
+from bti_fast.nn import recomputed
 from bti_fast.nn.recomputed import mixed_scales
 
 from .autograd import bytes_kept, with_gradients
@@ -32,6 +34,34 @@ def test_mixed_scales(size, memory_format):
         out = _called(*operands)
     torch.testing.assert_close(out, wanted[0], rtol=1e-11, atol=1e-11)
     assert out.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+@pytest.mark.parametrize("learned", [None, 0, 2, 4])
+def test_mixed_scales_in_shares(monkeypatch, batch, learned):
+    """Large maps, some samples at a time: here two."""
+    torch.manual_seed(0)
+    shapes = ((37, 1, 3, 3),) * 3 + ((batch, 3, 37, 37), (batch, 37))
+    operands = [torch.randn(batch, 37, 9, 11).contiguous(memory_format=torch.channels_last)]
+    operands += [torch.randn(shape) for shape in shapes]
+    cotangent = torch.randn_like(operands[0])
+    exact = [value.double() for value in operands]
+    for values in (operands, exact):
+        for number, value in enumerate(values):
+            value.requires_grad_(learned in (None, number))
+    wanted = with_gradients(
+        _written_out(*exact), [value for value in exact if value.requires_grad], cotangent.double()
+    )
+    monkeypatch.setattr(recomputed, "SHARE", 2 * operands[0][0].numel() * 4)
+    got = with_gradients(_called(*operands), [value for value in operands if value.requires_grad], cotangent)
+    for mine, theirs in zip(got, wanted, strict=True):
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=2e-6 * scale)
+    with torch.no_grad():
+        out = _called(*operands)
+        if _library.load("cpu") is None:
+            assert len(recomputed._shares(operands[0])) == (1 if batch == 2 else 3)
+    torch.testing.assert_close(out.double(), wanted[0], rtol=0, atol=2e-6 * float(wanted[0].abs().max()))
 
 
 @pytest.mark.parametrize("learned", range(6))
