@@ -87,7 +87,8 @@ def _parent_prefix() -> str | None:
         started_in = os.readlink(process / "cwd")  # a relative command is relative to that
     except (OSError, UnicodeDecodeError):
         return None
-    return str(Path(started_in, command).parent.parent) if "/" in command else None
+    found = Path(started_in, command) if "/" in command else shutil.which(command)  # bare: from PATH
+    return str(Path(found).parent.parent) if found else None
 
 
 def find_torch() -> tuple[Path, str, str | None] | None:
