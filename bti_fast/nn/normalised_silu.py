@@ -58,8 +58,13 @@ def _line(norm: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
         or norm.weight is None
     ):
         return None
-    scale = (norm.running_var + norm.eps).rsqrt_().mul_(norm.weight)
-    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+    return _scale_and_shift(norm.weight, norm.bias, norm.running_mean, (norm.running_var + norm.eps).rsqrt_())
+
+
+def _scale_and_shift(weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalisation as x · scale + shift, all (C,); inverse is one over the standard deviation."""
+    scale = weight * inverse
+    return scale, torch.addcmul(bias, mean, scale, value=-1)
 
 
 class _NormalisedSilu(torch.autograd.Function):
@@ -93,10 +98,9 @@ class _NormalisedSilu(torch.autograd.Function):
             return *(next(found) if value.requires_grad else None for value in (x, weight, bias)), *nothing
         if x.numel() == 0:  # torch's layer divides by zero
             return *(torch.zeros_like(value) for value in (x, weight, bias)), *nothing
+        scale, shift = _scale_and_shift(weight, bias, mean, inverse)
         if x.dtype == grad.dtype and takes_kernels(x, weight, bias):
-            return *_backward(grad, x, weight, bias, mean, inverse, ctx.by_batch), *nothing
-        scale = weight * inverse
-        shift = bias - mean * scale
+            return *_backward(grad, x, scale, shift, mean, inverse, ctx.by_batch), *nothing
         y = torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(grad.dtype)
         variance = inverse.square().reciprocal() - ctx.eps  # read in evaluation only, as is the mean
         grads = torch.ops.aten.native_batch_norm_backward(
@@ -118,16 +122,13 @@ def _forward(x, weight, bias, running_mean, running_var, by_batch, momentum, eps
             running_mean.lerp_(mean, momentum)
             running_var.lerp_(variance * (count / (count - 1)), momentum)  # unbiased, as torch keeps it
     inverse = (variance + eps).rsqrt()
-    scale = weight * inverse
-    y = torch.ops.bti_fast_cpu.scaled_silu(rows, scale, bias - mean * scale)
+    y = torch.ops.bti_fast_cpu.scaled_silu(rows, *_scale_and_shift(weight, bias, mean, inverse))
     return y.permute(0, 3, 1, 2), mean if by_batch else mean.clone(), inverse
 
 
-def _backward(grad, x, weight, bias, mean, inverse, by_batch):
+def _backward(grad, x, scale, shift, mean, inverse, by_batch):
     """Gradients of x, weight and bias, by the kernels."""
     grad, rows = (maps.permute(0, 2, 3, 1).contiguous() for maps in (grad, x))
-    scale = weight * inverse
-    shift = bias - mean * scale
     to_bias, product = torch.ops.bti_fast_cpu.scaled_silu_sums(grad, rows, scale, shift, mean).unbind()
     to_weight = product * inverse
     of_statistics = None, None, None

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/dense_floats.h"
+#include "cpu/in_parallel.h"
 #include "cpu/operators.h"
 
 namespace bti_fast {
@@ -37,10 +38,8 @@ Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optiona
                              dilation,
                              silu};
   if (out.numel() == 0) return out;
-  const auto kernel = BTI_FAST_SELECT(dilated_depthwise);
-  torch::stable::parallel_for(0, x.size(0) * job.height,
-                              std::max<int64_t>(1, kElementsPerTask / (job.width * channels)),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(dilated_depthwise), job, x.size(0) * job.height,
+              std::max<int64_t>(1, kElementsPerTask / (job.width * channels)));
   return out;
 }
 

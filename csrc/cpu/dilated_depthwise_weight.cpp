@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/dense_floats.h"
+#include "cpu/in_parallel.h"
 #include "cpu/operators.h"
 #include "cpu/part_sums.h"
 
@@ -45,8 +46,7 @@ Tensor dilated_depthwise_weight(const Tensor& grad, const Tensor& x, int64_t ker
                                    dilation,
                                    parts,
                                    blocks};
-  const auto add = BTI_FAST_SELECT(dilated_depthwise_weight);
-  torch::stable::parallel_for(0, parts * blocks, 1, [&](int64_t begin, int64_t end) { add(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(dilated_depthwise_weight), job, parts * blocks, 1);
   sum_parts({job.parts, memory(out), parts, out.numel(), 1}, 1);
   return out;
 }

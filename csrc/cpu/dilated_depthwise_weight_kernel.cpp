@@ -145,7 +145,7 @@ void add_parts(const DilatedDepthwiseWeight& job, int64_t begin, int64_t end) {
     const int64_t last = smaller(units * (block + 1) / job.block_count * kUnit, job.channels);
     float* part = job.parts + number * K * K * job.channels;
     for (int64_t tap = 0; tap < K * K; ++tap)
-      std::memset(part + tap * job.channels + first, 0, static_cast<size_t>(last - first) * sizeof(float));
+      clear(part + tap * job.channels + first, last - first);
     const int64_t last_row = rows * (number + 1) / job.part_count;
     for (int64_t row = rows * number / job.part_count; row < last_row;) {
       const int64_t sample = row / job.height, top = row % job.height;

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cpu/dense_floats.h"
+#include "cpu/in_parallel.h"
 #include "cpu/operators.h"
 #include "cpu/part_sums.h"
 
@@ -62,9 +63,7 @@ std::tuple<Tensor, Tensor> dual_path_summary(const Tensor& x) {
   const Tensor sums = torch::stable::new_empty(x, {shape.batch, shape.part_count(), shape.channels});
   const DualPathSummary job{floats(x, "x"), memory(summary), shape.positions(), shape.channels,
                             {memory(sums), shape.part_count()}};
-  const auto kernel = BTI_FAST_SELECT(dual_path_summary);
-  torch::stable::parallel_for(0, shape.batch * shape.part_count(), shape.parts_per_task(),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(dual_path_summary), job, shape.batch * shape.part_count(), shape.parts_per_task());
   return {summed(sums, shape, 1.0 / static_cast<double>(shape.positions())), summary};
 }
 
@@ -79,9 +78,7 @@ void dual_path_summary_gradient_(const Tensor& grad, const Tensor& x, const Tens
                                     rows_of(grad_summary, shape.batch, shape.positions(), 2, "grad_summary"),
                                     shape.positions(),
                                     shape.channels};
-  const auto kernel = BTI_FAST_SELECT(dual_path_summary_gradient);
-  torch::stable::parallel_for(0, shape.batch * shape.positions(), shape.rows_per_task(),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(dual_path_summary_gradient), job, shape.batch * shape.positions(), shape.rows_per_task());
 }
 
 Tensor dual_path_gate(const Tensor& x, const Tensor& channel, const Tensor& spatial,
@@ -95,9 +92,7 @@ Tensor dual_path_gate(const Tensor& x, const Tensor& channel, const Tensor& spat
                          memory(out),
                          shape.positions(),
                          shape.channels};
-  const auto kernel = BTI_FAST_SELECT(dual_path_gate);
-  torch::stable::parallel_for(0, shape.batch * shape.positions(), shape.rows_per_task(),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(dual_path_gate), job, shape.batch * shape.positions(), shape.rows_per_task());
   return out;
 }
 
@@ -119,9 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_path_gate_gradient(const Tensor&
                                  shape.positions(),
                                  shape.channels,
                                  {memory(sums), shape.part_count()}};
-  const auto kernel = BTI_FAST_SELECT(dual_path_gate_gradient);
-  torch::stable::parallel_for(0, shape.batch * shape.part_count(), shape.parts_per_task(),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(dual_path_gate_gradient), job, shape.batch * shape.part_count(), shape.parts_per_task());
   return {grad_x, summed(sums, shape, 1), grad_spatial, grad_skip};
 }
 

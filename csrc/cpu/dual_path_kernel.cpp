@@ -21,7 +21,7 @@ struct Part {
 BTI_FAST_INLINE Part part_at(const DualPathParts& parts, int64_t number, int64_t positions, int64_t channels) {
   const int64_t sample = number / parts.part_count, k = number % parts.part_count, first = sample * positions;
   float* sums = parts.sums + number * channels;
-  std::memset(sums, 0, static_cast<size_t>(channels) * sizeof(float));
+  clear(sums, channels);
   return {sample, first + positions * k / parts.part_count, first + positions * (k + 1) / parts.part_count, sums};
 }
 
@@ -49,7 +49,7 @@ BTI_FAST_INLINE void summarise(const DualPathSummary& job, int64_t at, float* su
       total[t] += v;
       largest[t] = larger(largest[t], n == kLanes ? v : first_lanes(n) ? v : least);
     }
-    store_first(load_first(sums + c, n) + here, sums + c, n);
+    add_first(here, sums + c, n);
   });
   for (int t = 0; t < T; ++t) {
     job.summary[2 * (at + t)] = across(largest[t], [](auto a, auto b) { return larger(a, b); });
@@ -85,7 +85,7 @@ void dual_path_summary_gradient(const DualPathSummaryGradient& job, int64_t begi
     each_vector(job.channels, [&](int64_t c, int n) __attribute__((always_inline)) {
       const VecF shared = load_first(pooled + c, n) * per_position + to_each;
       const VecF own = keep(load_first(x + c, n) == largest, to_largest);
-      store_first(load_first(grad + c, n) + (shared + own), grad + c, n);
+      add_first(shared + own, grad + c, n);
     });
   }
 }
@@ -128,7 +128,7 @@ void dual_path_gate_gradient(const DualPathGateGradient& job, int64_t begin, int
         }
         const VecF factor = load_first(channel + c, n), product = g * load_first(x + c, n);
         to_spatial += product * factor;
-        store_first(load_first(part.sums + c, n) + product * spatial, part.sums + c, n);
+        add_first(product * spatial, part.sums + c, n);
         store_first(g * factor * spatial, job.grad_x + row + c, n);
       });
       job.grad_spatial[at] = lane_sum(to_spatial);

@@ -6,6 +6,7 @@
 
 #include "common/entropy_uncertainty.h"
 #include "common/positions_of.h"
+#include "cpu/in_parallel.h"
 #include "cpu/operators.h"
 
 namespace bti_fast {
@@ -25,9 +26,7 @@ Tensor entropy_uncertainty(const Tensor& logits) {
   if (u.numel() == 0) return u;
   const EntropyForward job{logits.const_data_ptr(), u.mutable_data_ptr(), dtype, logits.size(1), logits.stride(1),
                            positions_of<2>({&logits, &u}, {true, false})};
-  const auto kernel = BTI_FAST_SELECT(entropy_forward);
-  torch::stable::parallel_for(0, job.at.count, grain(job.classes),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(entropy_forward), job, job.at.count, grain(job.classes));
   return u;
 }
 
@@ -38,9 +37,7 @@ Tensor entropy_uncertainty_backward(const Tensor& grad_u, const Tensor& logits) 
   const EntropyBackward job{grad_u.const_data_ptr(), logits.const_data_ptr(), grad.mutable_data_ptr(), dtype,
                             logits.size(1), logits.stride(1), grad.stride(1),
                             positions_of<3>({&logits, &grad_u, &grad}, {true, false, true})};
-  const auto kernel = BTI_FAST_SELECT(entropy_backward);
-  torch::stable::parallel_for(0, job.at.count, grain(job.classes),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(entropy_backward), job, job.at.count, grain(job.classes));
   return grad;
 }
 

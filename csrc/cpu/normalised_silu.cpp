@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/dense_floats.h"
+#include "cpu/in_parallel.h"
 #include "cpu/operators.h"
 #include "cpu/part_sums.h"
 
@@ -45,9 +46,7 @@ void compute(const Tensor& x, const std::optional<Tensor>& scale, const std::opt
   const ScaledSilu job{rows.x, channel_values(scale, "scale", rows.channels),
                        channel_values(shift, "shift", rows.channels), memory(out), rows.channels};
   if (x.numel() == 0) return;
-  const auto kernel = BTI_FAST_SELECT(scaled_silu);
-  torch::stable::parallel_for(0, rows.rows, rows.per_task(),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(scaled_silu), job, rows.rows, rows.per_task());
 }
 
 }  // namespace
@@ -76,12 +75,9 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& x) {
                             rows.rows,
                             rows.channels,
                             rows.part_count()};
-  const auto kernel = BTI_FAST_SELECT(batch_statistics);
-  torch::stable::parallel_for(0, job.part_count, rows.parts_per_task(),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
-  const auto combine = BTI_FAST_SELECT(batch_statistics_combine);
-  torch::stable::parallel_for(0, job.channels, std::max<int64_t>(16, kElementsPerTask / job.part_count),
-                              [&](int64_t begin, int64_t end) { combine(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(batch_statistics), job, job.part_count, rows.parts_per_task());
+  in_parallel(BTI_FAST_SELECT(batch_statistics_combine), job, job.channels,
+              std::max<int64_t>(16, kElementsPerTask / job.part_count));
   return {mean, variance};
 }
 
@@ -100,9 +96,7 @@ Tensor scaled_silu_sums(const Tensor& grad, const Tensor& x, const Tensor& scale
                            rows.rows,
                            rows.channels,
                            rows.part_count()};
-  const auto kernel = BTI_FAST_SELECT(scaled_silu_sums);
-  torch::stable::parallel_for(0, job.part_count, rows.parts_per_task(),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(scaled_silu_sums), job, job.part_count, rows.parts_per_task());
   sum_parts({memory(parts), memory(out), job.part_count, 2 * job.channels, 1}, 1);
   return out;
 }
@@ -124,9 +118,7 @@ Tensor scaled_silu_gradient(const Tensor& grad, const Tensor& x, const Tensor& s
                                memory(out),
                                rows.channels};
   if (x.numel() == 0) return out;
-  const auto kernel = BTI_FAST_SELECT(scaled_silu_gradient);
-  torch::stable::parallel_for(0, rows.rows, rows.per_task(),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  in_parallel(BTI_FAST_SELECT(scaled_silu_gradient), job, rows.rows, rows.per_task());
   return out;
 }
 

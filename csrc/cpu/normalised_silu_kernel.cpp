@@ -7,17 +7,6 @@
 namespace bti_fast {
 namespace BTI_FAST_ISA {
 
-namespace {
-
-BTI_FAST_INLINE void clear(float* values, int64_t count) {
-  std::memset(values, 0, static_cast<size_t>(count) * sizeof(float));
-}
-
-// values[c ..] += v
-BTI_FAST_INLINE void add(VecF v, float* values, int n) { store_first(load_first(values, n) + v, values, n); }
-
-}  // namespace
-
 void scaled_silu(const ScaledSilu& job, int64_t begin, int64_t end) {
   if (job.scale == nullptr) {  // all rows as one
     const float* x = job.x + begin * job.channels;
@@ -47,7 +36,7 @@ void batch_statistics(const BatchStatistics& job, int64_t begin, int64_t end) {
     for (int64_t row = first; row < last; ++row) {
       const float* x = job.x + row * job.channels;
       each_vector(job.channels, [&](int64_t c, int n)
-                                    __attribute__((always_inline)) { add(load_first(x + c, n), mean + c, n); });
+                                    __attribute__((always_inline)) { add_first(load_first(x + c, n), mean + c, n); });
     }
     each_vector(job.channels, [&](int64_t c, int n) __attribute__((always_inline)) {
       store_first(load_first(mean + c, n) / count, mean + c, n);
@@ -56,7 +45,7 @@ void batch_statistics(const BatchStatistics& job, int64_t begin, int64_t end) {
       const float* x = job.x + row * job.channels;
       each_vector(job.channels, [&](int64_t c, int n) __attribute__((always_inline)) {
         const VecF left = load_first(x + c, n) - load_first(mean + c, n);
-        add(left * left, square + c, n);
+        add_first(left * left, square + c, n);
       });
     }
   }
@@ -95,8 +84,8 @@ void scaled_silu_sums(const ScaledSiluSums& job, int64_t begin, int64_t end) {
         const VecF value = load_first(x + c, n);
         const VecF slope = silu_slope(value * load_first(job.scale + c, n) + load_first(job.shift + c, n));
         const VecF g = load_first(grad + c, n) * slope;
-        add(g, sums + c, n);
-        add(g * (value - load_first(job.mean + c, n)), sums + job.channels + c, n);
+        add_first(g, sums + c, n);
+        add_first(g * (value - load_first(job.mean + c, n)), sums + job.channels + c, n);
       });
     }
   }

@@ -61,6 +61,11 @@ BTI_FAST_INLINE int lanes_left(int64_t left) {
   return left < VecOf<float>::lanes ? static_cast<int>(left) : VecOf<float>::lanes;
 }
 
+// p[0 .. n) += v
+BTI_FAST_INLINE void add_first(VecF v, float* p, int n) { store_first(load_first(p, n) + v, p, n); }
+
+BTI_FAST_INLINE void clear(float* p, int64_t count) { std::memset(p, 0, static_cast<size_t>(count) * sizeof(float)); }
+
 // f(first element, lanes) for each vector of `count` elements.
 template <typename F>
 BTI_FAST_INLINE void each_vector(int64_t count, F f) {

@@ -15,17 +15,9 @@ constexpr int kLanes = VecOf<float>::lanes;
 constexpr float kBatchNormEps = 1e-3f;
 constexpr float kLeastSquare = 1e-12f;
 
-// Calls run(i, lanes) for every vector of n elements.
-template <typename Run>
-BTI_FAST_INLINE void each(int64_t n, const Run& run) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) run(i, kLanes);
-  if (i < n) run(i, lanes_left(n - i));
-}
-
 float dot(const float* a, const float* b, int64_t n) {
   VecF total{};
-  each(n, [&](int64_t i, int left) { total += load_first(a + i, left) * load_first(b + i, left); });
+  each_vector(n, [&](int64_t i, int left) { total += load_first(a + i, left) * load_first(b + i, left); });
   return lane_sum(total);
 }
 
@@ -47,10 +39,10 @@ struct Moments {
 };
 Moments moments_of(const float* y, const float* delta, int64_t n) {
   VecF total{};
-  each(n, [&](int64_t i, int left) { total += load_first(y + i, left) + load_first(delta + i, left); });
+  each_vector(n, [&](int64_t i, int left) { total += load_first(y + i, left) + load_first(delta + i, left); });
   const float mean = lane_sum(total) / static_cast<float>(n);
   VecF square{};
-  each(n, [&](int64_t i, int left) {
+  each_vector(n, [&](int64_t i, int left) {
     const VecF d = keep(first_lanes(left), load_first(y + i, left) + load_first(delta + i, left) - mean);
     square += d * d;
   });
@@ -61,7 +53,7 @@ Moments moments_of(const float* y, const float* delta, int64_t n) {
 
 void algebra_context(const Algebra& a) {
   const int64_t batch = a.batch, features = a.features, channels = a.channels;
-  each(features, [&](int64_t f, int left) {
+  each_vector(features, [&](int64_t f, int left) {
     VecF mean = load_first(a.bn_mean + f, left), variance = load_first(a.bn_var + f, left), unbiased = variance;
     VecF total{}, square{};
     for (int64_t b = 0; b < batch; ++b) {
@@ -94,7 +86,7 @@ void algebra_context(const Algebra& a) {
     }
   });
   for (int64_t b = 0; b < batch; ++b)
-    each(channels, [&](int64_t c, int left) {
+    each_vector(channels, [&](int64_t c, int left) {
       const int64_t i = b * channels + c;
       const VecF gate = sigmoid(load_first(a.seg_gate + i, left)), prior = sigmoid(load_first(a.prior + i, left));
       const VecF message = a.tau * gate * prior;
@@ -106,7 +98,7 @@ void algebra_context(const Algebra& a) {
 }
 
 void algebra_update(const Algebra& a) {
-  each(a.batch * a.features, [&](int64_t i, int left) {
+  each_vector(a.batch * a.features, [&](int64_t i, int left) {
     const VecF gate = sigmoid(load_first(a.cls_gate + i, left));
     store_first(gate, a.cls_gate + i, left);
     store_first(gate * load_first(a.ctx + i, left), a.delta + i, left);
@@ -130,11 +122,11 @@ void algebra_gates(const Algebra& a) {
     float* gates = a.gates + 2 * b;
     for (int k = 0; k < 2; ++k)
       gates[k] = scalar_sigmoid(dot(a.gate2_weight + k * a.network, hidden, a.network) + a.gate2_bias[k]);
-    each(a.channels, [&](int64_t c, int left) {
+    each_vector(a.channels, [&](int64_t c, int left) {
       store_first(gates[0] * load_first(a.message + b * a.channels + c, left), a.scale + b * a.channels + c, left);
     });
     if (a.y_out == nullptr) continue;
-    each(a.features, [&](int64_t f, int left) {
+    each_vector(a.features, [&](int64_t f, int left) {
       store_first(load_first(y + f, left) + gates[1] * load_first(delta + f, left), a.y_out + b * a.features + f, left);
     });
   }
@@ -163,7 +155,7 @@ void algebra_gates_backward(const Algebra& a) {
     const float cosine = a.signals[3 * b];
     const float seg_own = seg_norm.bounded ? 0 : cosine * seg_norm.inverse;
     const float cls_own = cls_norm.bounded ? 0 : cosine * cls_norm.inverse;
-    each(a.aligned, [&](int64_t i, int left) {
+    each_vector(a.aligned, [&](int64_t i, int left) {
       const VecF e = load_first(seg + i, left), f = load_first(cls + i, left);
       store_first(seg_norm.inverse * signals[0] * (f * cls_norm.inverse - e * seg_own),
                   a.grad_seg_aligned + b * a.aligned + i, left);
@@ -174,13 +166,13 @@ void algebra_gates_backward(const Algebra& a) {
     // Signal 3.
     const Moments moments = moments_of(y, delta, a.features);
     const float spread = signals[2] / (1 + moments.variance) * 2 / static_cast<float>(a.features);
-    each(a.features, [&](int64_t f, int left) {
+    each_vector(a.features, [&](int64_t f, int left) {
       const VecF from_variance = spread * (load_first(y + f, left) + load_first(delta + f, left) - moments.mean);
       const VecF out = load_first(grad_y_out + f, left);
       store_first(out * gates[1] + from_variance, a.grad_delta + b * a.features + f, left);
       store_first(out + from_variance, a.grad_y + b * a.features + f, left);
     });
-    each(a.channels, [&](int64_t c, int left) {
+    each_vector(a.channels, [&](int64_t c, int left) {
       store_first(gates[0] * load_first(grad_scale + c, left), a.grad_message + b * a.channels + c, left);
     });
   }
@@ -188,7 +180,7 @@ void algebra_gates_backward(const Algebra& a) {
 
 void algebra_messages_backward(const Algebra& a) {
   for (int64_t b = 0; b < a.batch; ++b)
-    each(a.channels, [&](int64_t c, int left) {
+    each_vector(a.channels, [&](int64_t c, int left) {
       const int64_t i = b * a.channels + c;
       const VecF from = load_first(a.from_seg_proj + i, left), gate = load_first(a.seg_gate + i, left);
       const VecF prior = load_first(a.prior + i, left);
@@ -199,7 +191,7 @@ void algebra_messages_backward(const Algebra& a) {
       store_first(both * (1 - gate), a.grad_seg_gate + i, left);
       store_first(both * (1 - prior), a.grad_prior + i, left);
     });
-  each(a.batch * a.features, [&](int64_t i, int left) {
+  each_vector(a.batch * a.features, [&](int64_t i, int left) {
     const VecF grad = load_first(a.grad_delta + i, left) + load_first(a.from_cls_proj + i, left);
     const VecF gate = load_first(a.cls_gate + i, left);
     store_first(grad * load_first(a.ctx + i, left) * gate * (1 - gate), a.grad_cls_gate + i, left);
@@ -209,10 +201,10 @@ void algebra_messages_backward(const Algebra& a) {
 
 void algebra_context_backward(const Algebra& a) {
   const int64_t batch = a.batch, features = a.features;
-  each(batch * a.channels, [&](int64_t i, int left) {
+  each_vector(batch * a.channels, [&](int64_t i, int left) {
     store_first(load_first(a.grad_xbar + i, left) + load_first(a.from_seg_gate + i, left), a.grad_xbar + i, left);
   });
-  each(features, [&](int64_t f, int left) {
+  each_vector(features, [&](int64_t f, int left) {
     const VecF weight = load_first(a.bn_weight + f, left), inverse = load_first(a.used_inverse + f, left);
     VecF total{}, along{};
     for (int64_t b = 0; b < batch; ++b) {
