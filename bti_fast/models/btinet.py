@@ -18,7 +18,7 @@ from bti_fast.nn.blocks import BN_EPS, BN_MOMENTUM, AttentionGate, ResidualBlock
 from bti_fast.nn.checkpointing import checkpointed
 from bti_fast.nn.folding import fold
 from bti_fast.nn.interaction import FixedInteraction, GatedInteraction
-from bti_fast.nn.up_conv import UpConv
+from bti_fast.nn.up_conv import FoldedUpConv, UpConv
 
 INTERACTIONS = ("encoder-sharing", "none", "fixed", "proxy", "entropy", "attention")
 WITHOUT_EXCHANGE = ("encoder-sharing", "none")
@@ -67,6 +67,9 @@ class DecoderLevel(nn.Module):
         up = self.up(below, skip.shape[2:])
         seg = self.dropout(self.block(torch.cat((up, self.gate(skip, up)), 1)))
         return seg, None if self.features is None else F.relu(self.features(pooled))
+
+    def fold_(self) -> None:
+        self.up = FoldedUpConv(self.up)
 
 
 class BTINet(nn.Module):
@@ -251,12 +254,14 @@ class BTINet(nn.Module):
         """A copy for inference, in evaluation mode, that gives the same outputs (to 1e-5) in less time.
 
         Batch normalisation is merged into convolutions, and so are the linear chains of the multi-scale
-        fusion. The copy cannot be trained or saved: keep this network for that.
+        fusion; on a CPU, weights that are large for the maps they meet are kept once more, as the library
+        reads them. The copy cannot be trained or saved: keep this network for that.
         """
         return fold(self)
 
     def fold_(self) -> None:
         self.folded = True
+        self.seg_up = FoldedUpConv(self.seg_up)
 
     def train(self, mode: bool = True) -> BTINet:
         if mode and self.folded:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bti_fast.nn.packed import PackedConv1x1
 from bti_fast.ops.straight import is_ordinary
 
-PART = 2**22  # products that are held at a time
+PART = 2**22  # values of taps that are held at a time
 
 
 class UpConv(nn.ConvTranspose2d):
@@ -25,13 +26,43 @@ class UpConv(nn.ConvTranspose2d):
         super().__init__(in_channels, out_channels, 3, stride=2)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        near = all(2 * n - 1 <= wanted <= 2 * n + 1 for n, wanted in zip(x.shape[2:], size, strict=True))
-        own = tuple(size) if near else tuple(2 * n for n in x.shape[2:])
+        return _sized(self._at, x, size)
+
+    def _at(self, x: Tensor, height: int, width: int) -> Tensor:
         if _as_products(x, self.weight, self.bias):
-            out = _UpConv.apply(x, self.weight, self.bias, *own)
-        else:
-            out = super().forward(x)[:, :, : own[0], : own[1]]
-        return out if near else F.interpolate(out, size=tuple(size), mode="bilinear", align_corners=False)
+            return _UpConv.apply(x, self.weight, self.bias, height, width)
+        return super().forward(x)[:, :, :height, :width]
+
+
+class FoldedUpConv(nn.Module):
+    """UpConv for inference, its nine taps the outputs of one 1x1 convolution."""
+
+    def __init__(self, up: UpConv) -> None:
+        super().__init__()
+        taps = up.weight.detach().permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # [9·K, C]
+        self.taps = PackedConv1x1(taps[:, :, None, None], None)
+        self.bias = nn.Parameter(up.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return _sized(self._at, x, size)
+
+    def _at(self, x: Tensor, height: int, width: int) -> Tensor:
+        weight = self.taps.weight
+        if _as_products(x, weight, self.bias):
+            return _add_taps(x, self.bias, height, width, self._multiply)
+        weight = weight.unflatten(0, (3, 3, -1)).flatten(3).permute(3, 2, 0, 1)  # [C, K, 3, 3]
+        return F.conv_transpose2d(x, weight, self.bias, stride=2)[:, :, :height, :width]
+
+    def _multiply(self, part: Tensor) -> Tensor:
+        return self.taps(part).permute(0, 2, 3, 1).flatten(0, 2)  # a copy only if C is 1
+
+
+def _sized(up: Callable[[Tensor, int, int], Tensor], x: Tensor, size: Sequence[int]) -> Tensor:
+    """up(x, height, width) of a height and width that it can give, brought to `size`."""
+    if all(2 * n - 1 <= wanted <= 2 * n + 1 for n, wanted in zip(x.shape[2:], size, strict=True)):
+        return up(x, *size)
+    out = up(x, *(2 * n for n in x.shape[2:]))
+    return F.interpolate(out, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def _as_products(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
@@ -55,15 +86,7 @@ class _UpConv(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, height, width):
         matrix = _matrix(weight)
-        shape = len(x), len(bias), height, width
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        sums = out.permute(0, 2, 3, 1).copy_(bias)
-        for samples, rows in _parts(x, weight):
-            part = x[samples, :, rows]
-            products = (_flat(part) @ matrix).view(len(part), *part.shape[2:], 9, len(bias))
-            for number, at, (high, wide) in _taps(part, rows.start, height, width):
-                sums[samples][at] += products[:, :high, :wide, number]
-        return out
+        return _add_taps(x, bias, height, width, lambda part: _flat(part) @ matrix)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -79,7 +102,7 @@ class _UpConv(torch.autograd.Function):
         grads = grad.permute(0, 2, 3, 1)
         grad_x = torch.empty_like(x) if x_needed else None
         grad_matrix = torch.zeros_like(matrix) if weight_needed else None
-        for samples, rows in _parts(x, weight):
+        for samples, rows in _parts(x, weight.shape[1]):
             part = x[samples, :, rows]
             products = x.new_empty(len(part), *part.shape[2:], 9, weight.shape[1])
             for number, at, (high, wide) in _taps(part, rows.start, *grad.shape[2:]):
@@ -96,6 +119,22 @@ class _UpConv(torch.autograd.Function):
         if weight_needed:
             grad_weight = grad_matrix.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
         return grad_x, grad_weight, grads.sum((0, 1, 2)) if bias_needed else None, None, None
+
+
+def _add_taps(
+    x: Tensor, bias: Tensor, height: int, width: int, multiply: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """x (B, C, H, W), bias (K,) -> (B, K, height, width), channels_last. multiply gives the nine taps at
+    every position of a part of x: (b, C, h, w) -> (b·h·w, 9·K)."""
+    shape = len(x), len(bias), height, width
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    sums = out.permute(0, 2, 3, 1).copy_(bias)
+    for samples, rows in _parts(x, len(bias)):
+        part = x[samples, :, rows]
+        products = multiply(part).view(len(part), *part.shape[2:], 9, len(bias))
+        for number, at, (high, wide) in _taps(part, rows.start, height, width):
+            sums[samples][at] += products[:, :high, :wide, number]
+    return out
 
 
 def _gradients_of_library(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple:
@@ -121,9 +160,10 @@ def _flat(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
-def _parts(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Samples, and rows of x in them, whose products are at most PART: many whole maps, or rows of one."""
-    height, row = x.shape[2], x.shape[3] * 9 * weight.shape[1]
+def _parts(x: Tensor, channels: int) -> Iterator[tuple[slice, slice]]:
+    """Samples, and rows of x in them, that make at most PART values of `channels` per tap: many whole maps,
+    or rows of one."""
+    height, row = x.shape[2], x.shape[3] * 9 * channels
     many, few = max(1, PART // (height * row)), min(height, max(1, PART // row))
     for sample in range(0, len(x), many):
         for start in range(0, height, few):

@@ -57,3 +57,15 @@ def test_residual_block(attention, out_channels):
     assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
     for name, value in block.state_dict().items():  # the block itself is untouched
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("made_in_it", [False, True])
+def test_folding_in_inference_mode(made_in_it):
+    with torch.inference_mode(made_in_it):
+        block = unsettle(ResidualBlock(16, 24))
+    x = torch.randn(2, 16, 9, 7)
+    with torch.inference_mode():
+        folded = fold(block)
+        expected = block(x)
+        assert (folded(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not any(value.is_inference() for value in folded.state_dict().values())

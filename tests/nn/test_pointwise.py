@@ -80,3 +80,10 @@ def test_few_positions_are_a_product(monkeypatch):
         conv1x1(conv, x)
     with pytest.raises(AssertionError, match="was called"):  # what a subclass adds is kept
         conv1x1(Refusing(6, 10, 1), x[..., :1].contiguous(memory_format=torch.channels_last))
+
+
+def test_conv1x1_under_vmap():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(6, 10, 1), torch.randn(3, 2, 6, 4, 4)
+    got = torch.vmap(lambda one: conv1x1(conv, one))(x)
+    torch.testing.assert_close(got[2], conv(x[2]))

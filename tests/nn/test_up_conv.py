@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bti_fast.nn import up_conv
-from bti_fast.nn.up_conv import UpConv
+from bti_fast.nn.up_conv import FoldedUpConv, UpConv
 
 from .golden import Golden, relative_error
 
@@ -58,6 +60,40 @@ def test_outputs_and_gradients(parts_of_a_5x7_map, batch, size, more, memory_for
     if batch and memory_format == torch.channels_last:
         assert out.is_contiguous(memory_format=memory_format)
         assert got[0].is_contiguous(memory_format=memory_format)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("channels", [(6, 4), (1, 3), (60, 40)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 7)], ids=str)
+@pytest.mark.parametrize("wanted", [(-1, -1), (0, 0), (1, 1), (9, 4)], ids=str)
+def test_folded(parts_of_a_5x7_map, batch, channels, size, wanted, memory_format):
+    torch.manual_seed(0)
+    up = UpConv(*channels).to(memory_format=memory_format)
+    folded = FoldedUpConv(up)
+    wanted = tuple(2 * n + m for n, m in zip(size, wanted, strict=True))
+    for _ in range(3):  # the first may compute otherwise, see PackedConv1x1
+        x = torch.randn(batch, channels[0], *size).contiguous(memory_format=memory_format)
+        with torch.no_grad():
+            expected = copy.deepcopy(up).double()(x.double(), wanted)
+            out = folded(x, wanted)
+        assert out.shape == expected.shape
+        assert out.stride() == up(x, wanted).stride() or channels[0] == 1 or batch == 0
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_folded_takes_other_maps():
+    torch.manual_seed(0)
+    up = UpConv(6, 4).requires_grad_(False)
+    folded = FoldedUpConv(up)
+    x = torch.randn(2, 6, 4, 5).contiguous(memory_format=torch.channels_last)
+    got = torch.vmap(lambda one: folded(one[None], (8, 9))[0])(x)
+    torch.testing.assert_close(got, up(x, (8, 9)))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(folded(x, (8, 9)), up(x, (8, 9)))
+    assert torch.autograd.gradcheck(lambda x: folded.double()(x, (8, 9)), (x.double().requires_grad_(),))
+    half = copy.deepcopy(up).bfloat16()
+    torch.testing.assert_close(FoldedUpConv(half)(x.bfloat16(), (8, 9)), half(x.bfloat16(), (8, 9)))
 
 
 def test_channels_last_maps_do_not_take_the_librarys_way(monkeypatch):
