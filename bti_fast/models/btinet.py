@@ -18,7 +18,7 @@ from bti_fast.nn.blocks import BN_EPS, BN_MOMENTUM, AttentionGate, ResidualBlock
 from bti_fast.nn.checkpointing import checkpointed
 from bti_fast.nn.folding import fold
 from bti_fast.nn.interaction import FixedInteraction, GatedInteraction
-from bti_fast.nn.up_conv import FoldedUpConv, UpConv
+from bti_fast.nn.up_conv import UpConv
 
 INTERACTIONS = ("encoder-sharing", "none", "fixed", "proxy", "entropy", "attention")
 WITHOUT_EXCHANGE = ("encoder-sharing", "none")
@@ -59,17 +59,14 @@ class DecoderLevel(nn.Module):
         super().__init__()
         self.up = UpConv(below, channels)
         self.gate = AttentionGate(skip, channels, channels // 2)
-        self.block = ResidualBlock(channels + skip, channels)
+        self.block = ResidualBlock((channels, skip), channels)
         self.dropout = nn.Dropout(dropout)
         self.features = None if pooled is None else nn.Linear(pooled, CLS_FEATURES)
 
     def forward(self, below: Tensor, skip: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
         up = self.up(below, skip.shape[2:])
-        seg = self.dropout(self.block(torch.cat((up, self.gate(skip, up)), 1)))
+        seg = self.dropout(self.block(up, self.gate(skip, up)))
         return seg, None if self.features is None else F.relu(self.features(pooled))
-
-    def fold_(self) -> None:
-        self.up = FoldedUpConv(self.up)
 
 
 class BTINet(nn.Module):
@@ -253,15 +250,13 @@ class BTINet(nn.Module):
     def fold(self) -> BTINet:
         """A copy for inference, in evaluation mode, that gives the same outputs (to 1e-5) in less time.
 
-        Batch normalisation is merged into convolutions, and so are the linear chains of the multi-scale
-        fusion; on a CPU, weights that are large for the maps they meet are kept once more, as the library
-        reads them. The copy cannot be trained or saved: keep this network for that.
+        Batch normalisation is merged into convolutions, and so are chains of linear maps; on a CPU, what lies
+        between two nonlinearities is one pass over its maps. The copy cannot be trained or saved: keep this
+        network for that.
         """
-        return fold(self)
-
-    def fold_(self) -> None:
-        self.folded = True
-        self.seg_up = FoldedUpConv(self.seg_up)
+        folded = fold(self)
+        folded.folded = True
+        return folded
 
     def train(self, mode: bool = True) -> BTINet:
         if mode and self.folded:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bti_fast.errors import UserError
 from bti_fast.nn.checkpointing import checkpointed
-from bti_fast.nn.folding import fold_conv
+from bti_fast.nn.folding import fold_conv, folded_conv1x1, matrix_of
 from bti_fast.nn.normalised_silu import depthwise_silu, normalised_silu
 from bti_fast.nn.pointwise import conv1x1
 
@@ -62,17 +62,61 @@ class EfficientNetEncoder(nn.Module):
         taps.append(normalised_silu(net._bn1, conv1x1(net._conv_head, x)))
         return tuple(taps)
 
-    def fold_(self) -> None:
-        """Merges every batch normalisation into its convolution, for good (see bti_fast.nn.folding)."""
-        net = self.net
-        net._conv_stem, net._bn0 = fold_conv(net._conv_stem, net._bn0)
-        net._conv_head, net._bn1 = fold_conv(net._conv_head, net._bn1)
-        for stage in net._blocks:
-            for block in stage:
-                if block.expand_ratio != 1:
-                    block._expand_conv, block._bn0 = fold_conv(block._expand_conv, block._bn0)
-                block._depthwise_conv, block._bn1 = fold_conv(block._depthwise_conv, block._bn1)
-                block._project_conv, block._bn2 = fold_conv(block._project_conv, block._bn2)
+    def folded_form(self) -> nn.Module:
+        """The same for inference, see bti_fast.nn.folding."""
+        return FoldedEfficientNetEncoder(self)
+
+
+class FoldedEfficientNetEncoder(nn.Module):
+    """EfficientNetEncoder for inference: batch normalisations are in their convolutions, and every 1x1
+    convolution is one pass together with what surrounds it."""
+
+    def __init__(self, encoder: EfficientNetEncoder) -> None:
+        super().__init__()
+        net = encoder.net
+        self.name, self.channels = encoder.name, encoder.channels
+        self.stem, _ = fold_conv(net._conv_stem, net._bn0)
+        self.stages = nn.ModuleList(nn.ModuleList(map(_FoldedMobileBlock, stage)) for stage in net._blocks)
+        self.head = folded_conv1x1(net._conv_head, net._bn1, silu=True)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        x = normalised_silu(_IDENTITY, self.stem(image))
+        taps = []
+        for index, stage in enumerate(self.stages):
+            for number, block in enumerate(stage):
+                x, expanded = block(x)
+                if number == 0 and index in TAPPED_STAGES:
+                    taps.append(expanded)
+        return *taps, self.head(x)
+
+
+_IDENTITY = nn.Identity()
+
+
+class _FoldedMobileBlock(nn.Module):
+    """_mobile_block for inference."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.expand = None
+        if block.expand_ratio != 1:
+            self.expand = folded_conv1x1(block._expand_conv, block._bn0, silu=True)
+        self.depthwise, _ = fold_conv(block._depthwise_conv, block._bn1)
+        self.squeeze = (block._se_reduce, block._se_expand) if block.has_se else ()
+        self.squeeze = nn.ModuleList(self.squeeze)
+        self.project = folded_conv1x1(block._project_conv, block._bn2)
+        self.skips = block.id_skip and block.stride == 1 and block.in_channels == block.out_channels
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        expanded = inputs if self.expand is None else self.expand(inputs)
+        x = depthwise_silu(self.depthwise, _IDENTITY, expanded)
+        gate = None
+        if self.squeeze:
+            reduce, expand = self.squeeze
+            gate = x.mean((2, 3))
+            gate = F.silu(F.linear(gate, matrix_of(reduce), reduce.bias))
+            gate = F.linear(gate, matrix_of(expand), expand.bias).sigmoid()
+        return self.project(x, factor=gate, skip=inputs if self.skips else None), expanded
 
 
 class SamePaddingConv(nn.Conv2d):

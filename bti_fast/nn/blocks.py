@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast.nn.dilated_depthwise import depthwise
 from bti_fast.nn.dual_path import gated, summarised
-from bti_fast.nn.folding import FoldedContextFusion, fold_conv, fold_relu
+from bti_fast.nn.folding import FoldedAttentionGate, FoldedContextFusion, FoldedResidualBlock
 from bti_fast.nn.pointwise import conv1x1
 from bti_fast.nn.recomputed import mixed_scales
 
@@ -74,11 +76,15 @@ class MultiScaleContextFusion(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights = self.scale_fc2(F.relu(self.scale_fc1(x.mean((2, 3))))).softmax(1)  # [B, 3]
         if x.shape[2] * x.shape[3] >= x.shape[1]:
-            return self._folded(x, weights)
+            return self._multiplied_out(x, weights)
         w1, w2, w4 = weights[:, :, None, None, None].unbind(1)  # each [B, 1, 1, 1]
         return self.fusion(w1 * self.sep_d1(x) + w2 * self.sep_d2(x) + w4 * self.sep_d4(x))
 
-    def _folded(self, x: Tensor, weights: Tensor) -> Tensor:
+    def folded_form(self) -> nn.Module:
+        """The same for inference, see bti_fast.nn.folding."""
+        return FoldedContextFusion(self)
+
+    def _multiplied_out(self, x: Tensor, weights: Tensor) -> Tensor:
         """The same with fusion, mixing and the pointwise halves folded into one matrix per sample.
 
         After the depthwise halves everything is linear. On maps of more positions than channels this saves
@@ -117,30 +123,34 @@ class DualPathAttention(nn.Module):
 class ResidualBlock(nn.Module):
     """Two separable convolutions, multi-scale fusion and optional attention around a skip connection.
 
-    (B, Cin, H, W) -> (B, Cout, H, W). The skip is a 1x1 convolution where the channel counts differ.
+    (B, Cin, H, W) -> (B, Cout, H, W); with several in_channels, a map of each, which are concatenated. The
+    skip is a 1x1 convolution where the channel counts differ.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, attention: bool = False) -> None:
+    def __init__(
+        self, in_channels: int | Sequence[int], out_channels: int, *, attention: bool = False
+    ) -> None:
         super().__init__()
-        self.conv1 = SeparableConv(in_channels, out_channels)
+        self.in_channels = (in_channels,) if isinstance(in_channels, int) else tuple(in_channels)
+        total = sum(self.in_channels)
+        self.conv1 = SeparableConv(total, out_channels)
         self.bn1 = ReluBatchNorm(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
         self.conv2 = SeparableConv(out_channels, out_channels)
         self.bn2 = batch_norm(out_channels)
         self.msf = MultiScaleContextFusion(out_channels)
         self.att = DualPathAttention(out_channels) if attention else None
-        self.proj = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.proj = nn.Conv2d(total, out_channels, 1) if total != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *maps: Tensor) -> Tensor:
+        x = maps[0] if len(maps) == 1 else torch.cat(maps, 1)
         y = self.bn1(self.conv1(x))
         y = self.msf(self.bn2(self.conv2(y)))
         skip = self.proj(x)
         return F.relu_(y + skip) if self.att is None else self.att(y, skip)
 
-    def fold_(self) -> None:
-        """Merges what inference allows, for good; `bti_fast.nn.folding.fold` calls it on a copy."""
-        self.conv1.pointwise, self.bn1 = fold_relu(self.conv1.pointwise, self.bn1)
-        self.conv2.pointwise, self.bn2 = fold_conv(self.conv2.pointwise, self.bn2)
-        self.msf = FoldedContextFusion(self.msf)
+    def folded_form(self) -> nn.Module:
+        """The same for inference, see bti_fast.nn.folding."""
+        return FoldedResidualBlock(self)
 
 
 class AttentionGate(nn.Module):
@@ -164,3 +174,7 @@ class AttentionGate(nn.Module):
             g = F.interpolate(g, size=x.shape[2:], mode="bilinear", align_corners=False, antialias=False)
         mask = self.ctx_out(self.ctx_sep_d2(self.ctx_sep_d1(F.relu_(self.x_transform(x) + g)))).sigmoid()
         return x * mask
+
+    def folded_form(self) -> nn.Module:
+        """The same for inference, see bti_fast.nn.folding."""
+        return FoldedAttentionGate(self)

@@ -86,8 +86,8 @@ def takes_kernels(x: Tensor, *weights: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and all(tensor.dtype == torch.float32 for tensor in tensors)
+        and is_ordinary(tensors)  # x may be anything before this, and vmap does not know layouts
         and x.is_contiguous(memory_format=torch.channels_last)
-        and is_ordinary(tensors)
         and _library.load("cpu") is None
     )
 

@@ -19,7 +19,7 @@ def normalised_silu(norm: nn.Module, x: Tensor) -> Tensor:
     multiplication and one addition give again.
     """
     if not torch.is_grad_enabled():
-        line = _line(norm)
+        line = line_of(norm)
         if line is None or not takes_kernels(x, *line):
             return F.silu(norm(x), inplace=True)
         torch.ops.bti_fast_cpu.scaled_silu_(x.permute(0, 2, 3, 1), *line)
@@ -42,12 +42,12 @@ def normalised_silu(norm: nn.Module, x: Tensor) -> Tensor:
 
 def depthwise_silu(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """silu(norm(conv(x))) for a depthwise convolution; without gradients the map is written once."""
-    line = None if torch.is_grad_enabled() else _line(norm)
+    line = None if torch.is_grad_enabled() else line_of(norm)
     y = None if line is None else depthwise_affine_silu(conv, *line, x)
     return normalised_silu(norm, depthwise(conv, x)) if y is None else y
 
 
-def _line(norm: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
+def line_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
     """Scale and shift (C,) that the layer applies, None for an identity; no pair where the batch decides."""
     if isinstance(norm, nn.Identity):
         return None, None

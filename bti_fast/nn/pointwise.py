@@ -22,29 +22,20 @@ def pointwise(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def conv1x1(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x) for a 1x1 convolution of stride 1; x (B, C, H, W) -> (B, K, H, W)."""
-    if type(conv) is not nn.Conv2d or not by_product(x):
-        return conv(x)
-    return product(x, conv.weight, conv.bias)
+    """conv(x) for a 1x1 convolution of stride 1; x (B, C, H, W) -> (B, K, H, W).
 
-
-def by_product(x: Tensor) -> bool:
-    """Whether a 1x1 convolution of x (B, C, H, W) is better computed as a product.
-
-    Of few positions, as in the deepest maps of one image or behind a pooling, a CPU does so faster: there the
-    weights are the larger operand, which the convolution would pack anew in every call.
+    Of few positions, as in the deepest maps of one image or behind a pooling, a CPU computes it faster as a
+    product: there the weights are the larger operand, which the convolution would pack anew in every call.
     """
-    return (
-        x.ndim == 4
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not is_transformed()  # vmap does not know layouts
-        and x.shape[0] * x.shape[2] * x.shape[3] <= FEW_POSITIONS
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1x1 convolution of x (B, C, H, W) by weight (K, C, 1, 1) and bias (K,): (B, K, H, W), channels_last."""
-    rows = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)  # [B, H, W, K]
+    if (
+        type(conv) is not nn.Conv2d
+        or x.ndim != 4
+        or x.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or is_transformed()  # vmap does not know layouts
+        or x.shape[0] * x.shape[2] * x.shape[3] > FEW_POSITIONS
+        or not x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return conv(x)
+    rows = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)  # [B, H, W, K]
     return rows.permute(0, 3, 1, 2)

@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bti_fast.nn.packed import PackedConv1x1
+from bti_fast.nn.dilated_depthwise import takes_kernels
+from bti_fast.nn.separable_product import pack, unpack
 from bti_fast.ops.straight import is_ordinary
 
 PART = 2**22  # values of taps that are held at a time
+# Of the outputs at even rows and columns, at odd columns, at odd rows, at odd rows and columns: taps of the
+# input beside them, of the one to its left, above, and above to the left.
+_TAPS = (((0, 0), (0, 2), (2, 0), (2, 2)), ((0, 1), (2, 1)), ((1, 0), (1, 2)), ((1, 1),))
 
 
 class UpConv(nn.ConvTranspose2d):
@@ -33,28 +37,37 @@ class UpConv(nn.ConvTranspose2d):
             return _UpConv.apply(x, self.weight, self.bias, height, width)
         return super().forward(x)[:, :, :height, :width]
 
+    def folded_form(self) -> nn.Module:
+        """The same for inference, see bti_fast.nn.folding."""
+        return FoldedUpConv(self)
+
 
 class FoldedUpConv(nn.Module):
-    """UpConv for inference, its nine taps the outputs of one 1x1 convolution."""
+    """UpConv for inference: four products of the map beside itself shifted, each a quarter of the output."""
 
     def __init__(self, up: UpConv) -> None:
         super().__init__()
-        taps = up.weight.detach().permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # [9·K, C]
-        self.taps = PackedConv1x1(taps[:, :, None, None], None)
-        self.bias = nn.Parameter(up.bias.detach(), requires_grad=False)
+        weight = up.weight.detach()  # [C, K, 3, 3]
+        for number, taps in enumerate(_TAPS):
+            matrix = torch.cat([weight[:, :, down, right].T for down, right in taps], 1)  # [K, taps·C]
+            self.register_buffer(f"matrix{number}", pack(matrix))
+        self.register_buffer("bias", up.bias.detach())
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         return _sized(self._at, x, size)
 
     def _at(self, x: Tensor, height: int, width: int) -> Tensor:
-        weight = self.taps.weight
-        if _as_products(x, weight, self.bias):
-            return _add_taps(x, self.bias, height, width, self._multiply)
-        weight = weight.unflatten(0, (3, 3, -1)).flatten(3).permute(3, 2, 0, 1)  # [C, K, 3, 3]
+        matrices = [getattr(self, f"matrix{number}") for number in range(len(_TAPS))]
+        channels = matrices[-1].shape[1]
+        if x.shape[1] == channels and not x.requires_grad and takes_kernels(x, *matrices, self.bias):
+            return torch.ops.bti_fast_cpu.up_conv(x, matrices, self.bias, height, width)
+        parts = {
+            tap: part
+            for taps, matrix in zip(_TAPS, matrices, strict=True)
+            for tap, part in zip(taps, unpack(matrix, len(self.bias)).split(channels, 1), strict=True)
+        }
+        weight = torch.stack([parts[tap] for tap in sorted(parts)]).unflatten(0, (3, 3)).permute(3, 2, 0, 1)
         return F.conv_transpose2d(x, weight, self.bias, stride=2)[:, :, :height, :width]
-
-    def _multiply(self, part: Tensor) -> Tensor:
-        return self.taps(part).permute(0, 2, 3, 1).flatten(0, 2)  # a copy only if C is 1
 
 
 def _sized(up: Callable[[Tensor, int, int], Tensor], x: Tensor, size: Sequence[int]) -> Tensor:
@@ -86,7 +99,15 @@ class _UpConv(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, height, width):
         matrix = _matrix(weight)
-        return _add_taps(x, bias, height, width, lambda part: _flat(part) @ matrix)
+        shape = len(x), len(bias), height, width
+        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        sums = out.permute(0, 2, 3, 1).copy_(bias)
+        for samples, rows in _parts(x, weight.shape[1]):
+            part = x[samples, :, rows]
+            products = (_flat(part) @ matrix).view(len(part), *part.shape[2:], 9, len(bias))
+            for number, at, (high, wide) in _taps(part, rows.start, height, width):
+                sums[samples][at] += products[:, :high, :wide, number]
+        return out
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -119,22 +140,6 @@ class _UpConv(torch.autograd.Function):
         if weight_needed:
             grad_weight = grad_matrix.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
         return grad_x, grad_weight, grads.sum((0, 1, 2)) if bias_needed else None, None, None
-
-
-def _add_taps(
-    x: Tensor, bias: Tensor, height: int, width: int, multiply: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """x (B, C, H, W), bias (K,) -> (B, K, height, width), channels_last. multiply gives the nine taps at
-    every position of a part of x: (b, C, h, w) -> (b·h·w, 9·K)."""
-    shape = len(x), len(bias), height, width
-    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    sums = out.permute(0, 2, 3, 1).copy_(bias)
-    for samples, rows in _parts(x, len(bias)):
-        part = x[samples, :, rows]
-        products = multiply(part).view(len(part), *part.shape[2:], 9, len(bias))
-        for number, at, (high, wide) in _taps(part, rows.start, height, width):
-            sums[samples][at] += products[:, :high, :wide, number]
-    return out
 
 
 def _gradients_of_library(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple:

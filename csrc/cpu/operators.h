@@ -40,6 +40,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
 // For bti_fast.nn alone: no public operator.
 Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation,
                          const std::optional<Tensor>& scale, bool silu);
+Tensor separable_product(const std::vector<Tensor>& maps, const std::vector<Tensor>& taps,
+                         const std::vector<int64_t>& dilations, const Tensor& matrix, int64_t columns,
+                         const std::optional<Tensor>& factor, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& skip, const std::optional<Tensor>& lower,
+                         const std::optional<Tensor>& upper, bool silu);
+Tensor up_conv(const Tensor& x, const std::vector<Tensor>& matrices, const Tensor& bias, int64_t height, int64_t width);
 Tensor scaled_silu(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);
 void scaled_silu_(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);
 Tensor scaled_silu_sums(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,

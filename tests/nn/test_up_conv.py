@@ -67,19 +67,18 @@ def test_outputs_and_gradients(parts_of_a_5x7_map, batch, size, more, memory_for
 @pytest.mark.parametrize("channels", [(6, 4), (1, 3), (60, 40)], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 7)], ids=str)
 @pytest.mark.parametrize("wanted", [(-1, -1), (0, 0), (1, 1), (9, 4)], ids=str)
-def test_folded(parts_of_a_5x7_map, batch, channels, size, wanted, memory_format):
+def test_folded(isa, batch, channels, size, wanted, memory_format):
     torch.manual_seed(0)
     up = UpConv(*channels).to(memory_format=memory_format)
     folded = FoldedUpConv(up)
     wanted = tuple(2 * n + m for n, m in zip(size, wanted, strict=True))
-    for _ in range(3):  # the first may compute otherwise, see PackedConv1x1
-        x = torch.randn(batch, channels[0], *size).contiguous(memory_format=memory_format)
-        with torch.no_grad():
-            expected = copy.deepcopy(up).double()(x.double(), wanted)
-            out = folded(x, wanted)
-        assert out.shape == expected.shape
-        assert out.stride() == up(x, wanted).stride() or channels[0] == 1 or batch == 0
-        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    x = torch.randn(batch, channels[0], *size).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        expected = copy.deepcopy(up).double()(x.double(), wanted)
+        out = folded(x, wanted)
+    assert out.shape == expected.shape
+    assert out.stride() == up(x, wanted).stride() or channels[0] == 1 or batch == 0
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_folded_takes_other_maps():
