@@ -20,7 +20,14 @@ from bti_fast.data.images import SUFFIXES
 from bti_fast.engine import run_folder
 from bti_fast.engine.device import choose_device, prepare_cpu
 from bti_fast.engine.files import output_folder, write_csv, write_json
-from bti_fast.engine.inference import REFERRAL, Prediction, attention_modules, class_names, predict_images
+from bti_fast.engine.inference import (
+    REFERRAL,
+    Prediction,
+    attention_modules,
+    class_names,
+    for_images,
+    predict_images,
+)
 from bti_fast.engine.pictures import overlay, write_mask, write_picture
 from bti_fast.engine.run_config import PredictConfig
 from bti_fast.errors import UserError
@@ -75,6 +82,7 @@ def predict(
     records: list[dict[str, Any]] = []
     images: dict[str, np.ndarray] = {}
     saved = time.monotonic()
+    model = for_images(model, len(files), device)
     stream = _readable(files, model.config["in_channels"], images, bad, console)
     try:
         for found in predict_images(

@@ -16,7 +16,13 @@ from bti_fast.data import Case, DatasetIndex, read_dataset, read_image
 from bti_fast.engine import run_folder
 from bti_fast.engine.device import choose_device, prepare_cpu
 from bti_fast.engine.files import output_folder
-from bti_fast.engine.inference import MASK_THRESHOLD, Prediction, class_names, predict_images
+from bti_fast.engine.inference import (
+    MASK_THRESHOLD,
+    Prediction,
+    class_names,
+    for_images,
+    predict_images,
+)
 from bti_fast.engine.loaders import read_split
 from bti_fast.engine.run_config import RunConfig
 from bti_fast.engine.truth import true_mask
@@ -73,7 +79,8 @@ class Subject:
     def rows(self, cases: Sequence[Case], batch_size: int) -> list[dict[str, Any]]:
         """One metrics.CaseRow a case, from one pass of the network."""
         labels = [self.label(case) for case in cases]
-        found = predict_images(self.model, self.images(cases), batch_size=batch_size, device=self.device)
+        model = for_images(self.model, len(cases), self.device)
+        found = predict_images(model, self.images(cases), batch_size=batch_size, device=self.device)
         return [case_row(*known) for known in zip(cases, labels, found, strict=True)]
 
 

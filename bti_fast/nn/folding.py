@@ -127,23 +127,22 @@ class FoldedContextFusion(nn.Module):
         self.has_proj = proj is not None
         width = msf.fusion.in_channels
         sources = [Source(width, b.depthwise.weight, b.depthwise.dilation[0]) for b in branches]
-        fusion = matrix_of(msf.fusion).double()
-        products = [fusion @ matrix_of(branch.pointwise).double() for branch in branches]
-        biases = torch.stack([fusion @ branch.pointwise.bias.double() for branch in branches])
+        fusion = matrix_of(msf.fusion)
+        products = [fusion @ matrix_of(branch.pointwise) for branch in branches]
+        biases = torch.stack([fusion @ branch.pointwise.bias for branch in branches])
         bias = msf.fusion.bias
         if proj is not None:
             sources += [Source(c) for c in channels]
-            products.append(matrix_of(proj).double())
+            products.append(matrix_of(proj))
             bias = bias + proj.bias
-        like = msf.fusion.weight
         self.product = SeparableProduct(
             sources,
-            torch.cat(products, 1).to(like),
+            torch.cat(products, 1),
             lower=torch.zeros_like(bias) if relu else None,
         )
-        self.register_buffer("biases", biases.to(like))
+        self.register_buffer("biases", biases)
         self.register_buffer("shared_bias", bias.detach())
-        self.register_buffer("ones", like.new_ones(1, sum(channels)) if self.has_proj else None)
+        self.register_buffer("ones", bias.new_ones(1, sum(channels)) if self.has_proj else None)
 
     def forward(self, y: Tensor, *maps: Tensor, skip: Tensor | None = None) -> Tensor:
         weights = self.scale_fc2(F.relu(self.scale_fc1(y.mean((2, 3))))).softmax(1)  # [B, 3]
@@ -174,11 +173,11 @@ class FoldedAttentionGate(nn.Module):
             matrix_of(inner.pointwise),
             inner.pointwise.bias,
         )
-        last = matrix_of(gate.ctx_out).double()
+        last = matrix_of(gate.ctx_out)
         self.outer = SeparableProduct(
             [Source(outer.depthwise.in_channels, outer.depthwise.weight, outer.depthwise.dilation[0])],
-            (last @ matrix_of(outer.pointwise).double()).to(of_x.weight),
-            (last @ outer.pointwise.bias.double() + gate.ctx_out.bias).to(of_x.weight),
+            last @ matrix_of(outer.pointwise),
+            last @ outer.pointwise.bias + gate.ctx_out.bias,
         )
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:

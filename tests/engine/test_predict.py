@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from bti_fast.data import read_image
-from bti_fast.engine import PredictConfig, predict
+from bti_fast.engine import PredictConfig, inference, predict
 from bti_fast.engine.inference import failure_score, predict_images
 from bti_fast.engine.pictures import PREDICTED, TRUE, outline, overlay
 from bti_fast.engine.predict import find_images, output_names
@@ -37,6 +37,24 @@ def run_predict(run: Path, out: Path, *images: Path, **more: object):
     config = PredictConfig(model=str(run), images=tuple(map(str, images)), out=str(out), threads=1, **more)
     console = Console(file=io.StringIO(), width=200)
     return predict(config, encoder=TinyEncoder(), console=console), console.file.getvalue()
+
+
+def test_many_images_are_predicted_by_a_folded_network(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(inference.FOLD_FROM):
+        picture(tmp_path / "in" / f"{number}.png", 20 + number % 3, 33)
+    folded = []
+    fold = BTINet.fold
+    monkeypatch.setattr(BTINet, "fold", lambda model: folded.append(1) or fold(model))
+    many, _ = run_predict(finished_run, tmp_path / "many", tmp_path / "in")
+    assert len(folded) == 1
+    monkeypatch.setattr(inference, "FOLD_FROM", 10**9)
+    plain, _ = run_predict(finished_run, tmp_path / "plain", tmp_path / "in")
+    assert len(folded) == 1 and len(plain.records) == len(many.records) > 30
+    for one, other in zip(many.records, plain.records, strict=True):
+        assert one["class_prob"] == pytest.approx(other["class_prob"], abs=1e-5)
+        assert one["mask_entropy"] == pytest.approx(other["mask_entropy"], abs=1e-5)
 
 
 def test_good_and_bad_files_together(finished_run: Path, tmp_path: Path) -> None:
