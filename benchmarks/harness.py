@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bti_fast import ops, reference
+from bti_fast.nn import interaction
+from bti_fast.nn.headed_fusion import one_by_one
 
 # channels, side: the four decoder levels at 224 px
 PAPER_LEVELS = ((384, 14), (192, 28), (96, 56), (48, 112))
@@ -192,14 +194,16 @@ def plain_operators() -> Iterator[None]:
             *reference.cross_attention(*tokens, q_mask, k_mask, tokens[0].shape[-1] ** -0.5)[:2]
         ),
     }
-    kept = {name: getattr(ops, name) for name in plain}
-    for name, function in plain.items():
-        setattr(ops, name, function)
+    places = [(ops, name, function) for name, function in plain.items()]
+    places.append((interaction, "headed_fusion", one_by_one))
+    kept = [getattr(module, name) for module, name, _ in places]
+    for place in places:
+        setattr(*place)
     try:
         yield
     finally:
-        for name, function in kept.items():
-            setattr(ops, name, function)
+        for (module, name, _), function in zip(places, kept, strict=True):
+            setattr(module, name, function)
 
 
 def _error(value: Tensor, truth: Tensor, peak: float) -> float:

@@ -12,7 +12,7 @@ from bti_fast import ops
 from bti_fast._export import exportable
 from bti_fast.nn.checks import check_count, check_features, check_like_weight, check_logits, check_map
 from bti_fast.nn.cross_decoder_attention import CrossDecoderAttention
-from bti_fast.nn.pointwise import pointwise
+from bti_fast.nn.headed_fusion import headed_fusion
 from bti_fast.nn.running_statistics import counted_share
 from bti_fast.nn.synchronised import synchronises
 from bti_fast.nn.task_interaction import TaskInteraction, UncertaintyProxyAttention, operator_weights
@@ -66,19 +66,23 @@ class EntropyExchange(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(2))
 
     def forward(
-        self, seg: Tensor, cls: Tensor, seg_logits: Tensor, cls_logits: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """seg' (B, C, *spatial), cls' (B, F), gates (B, 2) and the entropy map (B, *spatial)."""
+        self, seg: Tensor, cls: Tensor, seg_logits: Tensor | nn.Linear, cls_logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """seg' (B, C, *spatial), cls' (B, F), gates (B, 2), the entropy map (B, *spatial) and the mask logits
+        (B, K, *spatial): those given, or those of the head given in their place."""
         coeffs = torch.stack((F.softplus(self.raw_alpha), self.beta, self.gamma), 1)
         to_seg, to_cls = coeffs.unbind()  # each alpha, beta, gamma
         cls_uncertainty = ops.entropy_uncertainty(cls_logits)  # [B]
         prior = self.prior(cls).sigmoid()  # [B, C]
-        fused = ops.gated_fusion(seg, seg_logits, prior, cls_uncertainty, to_seg, tau=self.tau)
+        if isinstance(seg_logits, nn.Linear):
+            fused, seg_logits = headed_fusion(seg_logits, seg, prior, cls_uncertainty, to_seg, self.tau)
+        else:
+            fused = ops.gated_fusion(seg, seg_logits, prior, cls_uncertainty, to_seg, tau=self.tau)
         context = F.relu(self.context(fused.pooled.to(self.context.weight.dtype)))  # [B, F]
         r_cls = _opening(to_cls, cls_uncertainty, fused.mean_uncertainty)  # [B]
         cls_out = cls + (r_cls[:, None] * self.context_gate(context).sigmoid() * context).to(cls.dtype)
         r_seg = _opening(to_seg, fused.uncertainty.flatten(1), cls_uncertainty[:, None]).mean(1)  # [B]
-        return fused.x, cls_out, torch.stack((r_seg, r_cls), 1), fused.uncertainty
+        return fused.x, cls_out, torch.stack((r_seg, r_cls), 1), fused.uncertainty, seg_logits
 
 
 def _opening(coeffs: Tensor, own: Tensor, other: Tensor) -> Tensor:
@@ -153,8 +157,10 @@ class GatedInteraction(nn.Module):
             auxiliary = (None, None)
         else:
             check_like_weight("cls", vector, self.exchange.prior.weight)
-            seg_logits, cls_logits, auxiliary = self._logits(seg, vector, seg_logits, cls_logits)
-            seg_out, vector_out, gates, signals = self.exchange(seg, vector, seg_logits, cls_logits)
+            own = seg_logits is None, cls_logits is None
+            given = self._logits(seg, vector, seg_logits, cls_logits)
+            seg_out, vector_out, gates, signals, made = self.exchange(seg, vector, *given)
+            auxiliary = made if own[0] else None, given[1] if own[1] else None
         cls_out = cls + (vector_out - vector)[:, None] if cls.ndim == 3 else vector_out
         return GatedInteractionOutput(seg_out, cls_out, gates, signals, *auxiliary)
 
@@ -173,12 +179,12 @@ class GatedInteraction(nn.Module):
 
     def _logits(
         self, seg: Tensor, cls: Tensor, seg_logits: Tensor | None, cls_logits: Tensor | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-        """Both logits, and those among them that this module's own heads made."""
-        own_seg = own_cls = None
+    ) -> tuple[Tensor | nn.Linear, Tensor]:
+        """Both logits as far as they are given; else, for the mask, the head of this module that gives them,
+        and for the class what its head gives."""
         if seg_logits is None:
             check_like_weight("seg", seg, self.seg_head.weight)
-            seg_logits = own_seg = pointwise(self.seg_head, seg)
+            seg_logits = self.seg_head
         else:
             check_logits("seg_logits", seg_logits, (seg.shape[0], self.seg_classes, *seg.shape[2:]), seg)
         if cls_logits is None:
@@ -186,10 +192,10 @@ class GatedInteraction(nn.Module):
                 raise ValueError(
                     "cls_logits: found None, needed logits (B, L) or cls_classes at construction"
                 )
-            cls_logits = own_cls = self.cls_head(cls)
+            cls_logits = self.cls_head(cls)
         else:
             check_logits("cls_logits", cls_logits, (seg.shape[0], self.cls_classes or "L"), seg)
-        return seg_logits, cls_logits, (own_seg, own_cls)
+        return seg_logits, cls_logits
 
     def gate_parameters(self):
         """The parameters that decide how much is let through: what stage 2 of the recipe trains."""

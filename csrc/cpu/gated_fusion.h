@@ -6,14 +6,22 @@
 
 namespace bti_fast {
 
+// A linear head whose product with x, in float32, the logits are.
+struct FusionHead {
+  const float* weight;       // (K, C), or nullptr: the logits are given
+  const float* bias;         // (K,)
+  const float* grad_logits;  // backward: (B, K, P), what reaches the logits beside the entropy
+};
+
 struct FusionForward {
-  FeatureMap x, out, logits;  // x and out in one order
+  FeatureMap x, out, logits;  // x and out in one order; with a head the logits are written
   Order order;
   Tiles tiles;
   const float* prior;            // (B, C)
   const float* cls_uncertainty;  // (B,)
   const float* coeffs;           // (3,)
   float tau;
+  FusionHead head;
   float* u;     // (B, P)
   float* sums;  // (B, tiles, C + 2): per channel sum_p w x, then sum_p w, sum_p u
 };
@@ -26,12 +34,14 @@ struct FusionBackward {
   const float* cls_uncertainty;
   const float* coeffs;
   float tau;
+  FusionHead head;
   const float* grad_pooled;  // (B, C)
   const float* grad_mean;    // (B,)
   const float* grad_u;       // (B, P)
   const float* inverse;      // (B,): 1 / sum_p w
   const float* constant;     // (B,): sum_c grad_pooled pooled / sum_p w, which every pixel's grad u contains
-  float* sums;               // (B, tiles, C + 2): grad prior per channel, then sum e, sum e u (see the kernel)
+  int64_t width;
+  float* sums;  // (B, tiles, width): grad prior per channel, sum e, sum e u (see the kernel), then the head's gradients
 };
 
 // Tiles [begin, end) of all samples, sample after sample; every tile writes its own row of sums.

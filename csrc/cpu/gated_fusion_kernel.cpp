@@ -11,6 +11,7 @@
 #include "cpu/gated_fusion.h"
 
 #include "cpu/entropy_block.h"
+#include "cpu/fusion_head.h"
 #include "cpu/rows.h"
 #include "cpu/with_dtype.h"
 
@@ -134,6 +135,8 @@ void forward_tiles(const FusionForward& job, int64_t begin, int64_t end) {
     const int64_t n = pixels - p0 < job.tiles.size ? pixels - p0 : job.tiles.size;
     float* u = job.u + b * pixels + p0;
     float* sums = job.sums + task * (channels + 2);
+    if (job.head.weight != nullptr)
+      head_of_tile(job.head, job.order, tile_of(job.x, b, p0, n), tile_of(job.logits, b, p0, n));
     entropy_of_tile(job.logits, b, p0, n, u);
     const WeightSums total = gates_of_tile(gate_of(job, b), u, n, 1, tile.gate, tile.weight);
     sums[channels] = total.weight;
@@ -247,7 +250,7 @@ void backward_tiles(const FusionBackward& job, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / job.tiles.count, p0 = task % job.tiles.count * job.tiles.size;
     const int64_t n = pixels - p0 < job.tiles.size ? pixels - p0 : job.tiles.size;
-    float* sums = job.sums + task * (channels + 2);
+    float* sums = job.sums + task * job.width;
     const Gate gate = gate_of(job, b);
     const float inverse = job.inverse[b], constant = job.constant[b];
     entropy_of_tile(job.logits, b, p0, n, tile.u);
@@ -296,6 +299,16 @@ void backward_tiles(const FusionBackward& job, int64_t begin, int64_t end) {
     sums[channels] = lane_sum(sum_e);
     sums[channels + 1] = lane_sum(sum_eu);
     logits_of_tile(job, b, p0, n, tile.u);
+    if (job.head.weight == nullptr) continue;
+    const MapTile grad = tile_of(job.grad_logits, b, p0, n);
+    for (int64_t k = 0; k < grad.channels; ++k) {
+      const float* more = job.head.grad_logits + (b * grad.channels + k) * pixels + p0;
+      each_vector(n, [&](int64_t p, int lanes) {
+        add_first(load_first(more + p, lanes), grad.data + k * grad.channel_stride + p, lanes);
+      });
+    }
+    head_gradient_of_tile(job.head, job.order, tile_of(job.x, b, p0, n), grad, tile_of(job.grad_x, b, p0, n),
+                          sums + channels + 2);
   }
 }
 

@@ -38,6 +38,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
     const std::optional<Tensor>& q_mask, const std::optional<Tensor>& k_mask, double scale);
 
 // For bti_fast.nn alone: no public operator.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> headed_gated_fusion(const Tensor& x, const Tensor& head,
+                                                                       const Tensor& head_bias, const Tensor& prior,
+                                                                       const Tensor& cls_uncertainty,
+                                                                       const Tensor& coeffs, double tau);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> headed_gated_fusion_backward(
+    const Tensor& grad_x, const Tensor& grad_pooled, const Tensor& grad_mean, const Tensor& grad_u,
+    const Tensor& grad_logits, const Tensor& x, const Tensor& head, const Tensor& head_bias, const Tensor& logits,
+    const Tensor& prior, const Tensor& cls_uncertainty, const Tensor& coeffs, const Tensor& pooled,
+    const Tensor& mean_uncertainty, double tau);
 Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation,
                          const std::optional<Tensor>& scale, bool silu);
 Tensor separable_product(const std::vector<Tensor>& maps, const std::vector<Tensor>& taps,

@@ -15,6 +15,14 @@ STABLE_TORCH_LIBRARY(bti_fast_cpu, m) {
       " Tensor seg_logits, Tensor prior, Tensor cls_uncertainty, Tensor coeffs, Tensor pooled,"
       " Tensor mean_uncertainty, float tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "headed_gated_fusion(Tensor x, Tensor head, Tensor head_bias, Tensor prior, Tensor cls_uncertainty, Tensor coeffs,"
+      " float tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "headed_gated_fusion_backward(Tensor grad_x, Tensor grad_pooled, Tensor grad_mean, Tensor grad_u,"
+      " Tensor grad_logits, Tensor x, Tensor head, Tensor head_bias, Tensor logits, Tensor prior,"
+      " Tensor cls_uncertainty, Tensor coeffs, Tensor pooled, Tensor mean_uncertainty, float tau)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "task_interaction(Tensor x, Tensor y, Tensor[] weights, float tau, bool training)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -57,6 +65,8 @@ STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
   m.impl("entropy_uncertainty_backward", TORCH_BOX(&bti_fast::entropy_uncertainty_backward));
   m.impl("gated_fusion", TORCH_BOX(&bti_fast::gated_fusion));
   m.impl("gated_fusion_backward", TORCH_BOX(&bti_fast::gated_fusion_backward));
+  m.impl("headed_gated_fusion", TORCH_BOX(&bti_fast::headed_gated_fusion));
+  m.impl("headed_gated_fusion_backward", TORCH_BOX(&bti_fast::headed_gated_fusion_backward));
   m.impl("task_interaction", TORCH_BOX(&bti_fast::task_interaction));
   m.impl("task_interaction_backward", TORCH_BOX(&bti_fast::task_interaction_backward));
   m.impl("cross_attention", TORCH_BOX(&bti_fast::cross_attention));

@@ -13,6 +13,8 @@ from benchmarks.memory import peak_memory
 from benchmarks.peers import EAGER, Choice, providers
 from benchmarks.registry import GROUPS, KERNELS, cases, select
 from bti_fast import ops
+from bti_fast.nn import interaction
+from bti_fast.nn.headed_fusion import headed_fusion, one_by_one
 
 NO_COMPILE = Choice("none")
 
@@ -108,8 +110,10 @@ def test_plain_operators_are_put_back():
     before = {name: getattr(ops, name) for name in ("gated_fusion", "task_interaction", "cross_attention")}
     with pytest.raises(KeyError), plain_operators():
         assert ops.gated_fusion is not before["gated_fusion"]
+        assert interaction.headed_fusion is one_by_one
         raise KeyError
     assert all(getattr(ops, name) is value for name, value in before.items())
+    assert interaction.headed_fusion is headed_fusion
 
 
 def test_every_kernel_and_group_has_cases():
