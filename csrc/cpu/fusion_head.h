@@ -1,5 +1,5 @@
-// A linear head over the channels of a map, and its gradients, a tile of pixels at a time while the tile lies in the cache
-// (kernels only).
+// A linear head over the channels of a map, and its gradients, a tile of pixels at a time while the tile lies in the
+// cache (kernels only).
 #pragma once
 
 #include "cpu/gated_fusion.h"

@@ -147,7 +147,8 @@ FusionGradients backward(const Tensor& grad_x_in, const Tensor& grad_pooled_in, 
   const Tensor grad_mean = as_float(grad_mean_in), grad_u = as_float(grad_u_in);
   const Tensor pooled = as_float(pooled_in), mean_u = as_float(mean_uncertainty_in);
   const int64_t batch = x.size(0), channels = x.size(1), pixels = pixel_count(x);
-  const int64_t of_head = head.weight == nullptr ? 0 : seg_logits.size(1) * (channels + 1), width = channels + 2 + of_head;
+  const int64_t of_head = head.weight == nullptr ? 0 : seg_logits.size(1) * (channels + 1);
+  const int64_t width = channels + 2 + of_head;
   STD_TORCH_CHECK(grad_u.numel() == batch * pixels, "grad_u has the wrong shape");
   const Tiles tiles = head.weight == nullptr ? tiles_of(x) : small_tiles_of(x, 3);
   OutputMap grad_x(x_in, order);

@@ -9,8 +9,8 @@
 
 namespace bti_fast {
 
-// kernel(job, begin, end) over [0, count), in pieces of at least `grain`. A thread takes a next piece when it is done with
-// its last, so that where one is held up the others go on; results must not depend on who computes what.
+// kernel(job, begin, end) over [0, count), in pieces of at least `grain`. A thread takes a next piece when it is done
+// with its last, so that where one is held up the others go on; results must not depend on who computes what.
 template <typename Job>
 void in_parallel(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t count, int64_t grain) {
   constexpr int64_t kPiecesPerThread = 8;

@@ -14,10 +14,10 @@ namespace bti_fast {
 
 namespace {
 
-constexpr int64_t kDepthAtATime = 384;   // a panel of that depth lies in the L1 cache, kRowsAtATime such rows in the L2
+constexpr int64_t kDepthAtATime = 384;  // a panel of that depth lies in the L1 cache, kRowsAtATime such rows in the L2
 constexpr int64_t kRowsPerTask = 384;
-constexpr int64_t kLeastColumns = 128;   // of a task: each convolves its positions anew
-constexpr int64_t kLeastRows = 24;       // of a task: each reads its columns anew
+constexpr int64_t kLeastColumns = 128;  // of a task: each convolves its positions anew
+constexpr int64_t kLeastRows = 24;      // of a task: each reads its columns anew
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 int64_t rounded_up(int64_t value, int64_t step) { return parts(value, step) * step; }
@@ -70,8 +70,8 @@ Tensor separable_product(const std::vector<Tensor>& maps, const std::vector<Tens
                     "maps must be of one batch, height and width");
     SeparableSource source{floats(x, "maps"), nullptr, x.size(1), job.height, job.width, dilations[i], 0, 0, 0};
     if (taps[i].numel() > 0) {
-      STD_TORCH_CHECK(taps[i].dim() == 2 && taps[i].size(0) == 9 && taps[i].size(1) == x.size(1) && lies(taps[i], {0, 1}),
-                      "taps must be (9, ", x.size(1), "), contiguous");
+      const bool fits = taps[i].dim() == 2 && taps[i].size(0) == 9 && taps[i].size(1) == x.size(1);
+      STD_TORCH_CHECK(fits && lies(taps[i], {0, 1}), "taps must be (9, ", x.size(1), "), contiguous");
       STD_TORCH_CHECK(dilations[i] >= 1, "dilations must be at least 1, got ", dilations[i]);
       source.taps = floats(taps[i], "taps");
     }

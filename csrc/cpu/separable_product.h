@@ -1,5 +1,5 @@
-// A sum of products of maps with matrices, each map first convolved depthwise or taken as it is: what passes between the
-// binding and its kernel. One pass: what the depthwise convolutions give never leaves the cache.
+// A sum of products of maps with matrices, each map first convolved depthwise or taken as it is: what passes between
+// the binding and its kernel. One pass: what the depthwise convolutions give never leaves the cache.
 #pragma once
 
 #include <cstdint>

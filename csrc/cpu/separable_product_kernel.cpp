@@ -197,8 +197,8 @@ void set_ends(const SeparableProduct& job, const Block& block, Ends* ends) {
   }
 }
 
-// Brings rows from .. to of a block near that will be convolved next: of convolved maps what the lowest taps read, as the
-// rest was read for the positions above.
+// Brings rows from .. to of a block near that will be convolved next: of convolved maps what the lowest taps read, as
+// the rest was read for the positions above.
 void prefetch(const SeparableProduct& job, const Block& block, int64_t from, int64_t to) {
   for (const SeparableSource& source : job.sources) {
     const int64_t begin = block.from > source.first ? block.from : source.first;

@@ -8,18 +8,22 @@
 
 namespace bti_fast {
 
-// matrices: packed, of the results at even rows and columns, at even rows and odd columns, at odd rows and even columns,
-// at odd rows and columns; in each the taps of the position itself come first, then those of the one to the left, the
-// one above, and the one above to the left, as far as it has them.
-Tensor up_conv(const Tensor& x, const std::vector<Tensor>& matrices, const Tensor& bias, int64_t height, int64_t width) {
+// matrices: packed, of the results at even rows and columns, at even rows and odd columns, at odd rows and even
+// columns, at odd rows and columns; in each the taps of the position itself come first, then those of the one to the
+// left, the one above, and the one above to the left, as far as it has them.
+Tensor up_conv(const Tensor& x, const std::vector<Tensor>& matrices, const Tensor& bias, int64_t height,
+               int64_t width) {
   STD_TORCH_CHECK(x.dim() == 4 && lies(x, {0, 2, 3, 1}), "x must be (B, C, H, W), dense and channels_last");
   STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) > 0 && lies(bias, {0}), "bias must be (K,), contiguous");
   STD_TORCH_CHECK(matrices.size() == 4, "matrices must be 4, got ", matrices.size());
   const int64_t batch = x.size(0), channels = x.size(1), columns = bias.size(0);
   STD_TORCH_CHECK(channels > 0, "x must have a channel");
-  for (const auto& [name, size, given] : {std::tuple{"height", height, x.size(2)}, std::tuple{"width", width, x.size(3)}})
+  const auto check = [](const char* name, int64_t size, int64_t given) {
     STD_TORCH_CHECK(2 * given - 1 <= size && size <= 2 * given + 1, name, " must be ", 2 * given - 1, " to ",
                     2 * given + 1, ", got ", size);
+  };
+  check("height", height, x.size(2));
+  check("width", width, x.size(3));
   const Tensor out = torch::stable::new_empty(x, {batch, height, width, columns});
   for (int64_t quarter = 0; quarter < 4; ++quarter) {
     const int64_t top = quarter / 2, left = quarter % 2;
@@ -32,7 +36,8 @@ Tensor up_conv(const Tensor& x, const std::vector<Tensor>& matrices, const Tenso
     const int64_t panels = (columns + kPackedColumns - 1) / kPackedColumns;
     STD_TORCH_CHECK(matrix.dim() == 3 && matrix.size(0) == panels && matrix.size(1) == job.depth &&
                         matrix.size(2) == kPackedColumns && lies(matrix, {0, 1, 2}),
-                    "matrices[", quarter, "] must be (", panels, ", ", job.depth, ", ", kPackedColumns, "), contiguous");
+                    "matrices[", quarter, "] must be (", panels, ", ", job.depth, ", ", kPackedColumns,
+                    "), contiguous");
     job.matrix = floats(matrix, "matrices");
     job.bias = floats(bias, "bias");
     job.out = memory(out);
