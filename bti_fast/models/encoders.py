@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bti_fast.errors import UserError
 from bti_fast.nn.checkpointing import checkpointed
-from bti_fast.nn.folding import fold_conv, folded_conv1x1, matrix_of
+from bti_fast.nn.folding import folded_conv1x1, matrix_of
 from bti_fast.nn.normalised_silu import depthwise_silu, normalised_silu
 from bti_fast.nn.pointwise import conv1x1
 
@@ -75,7 +76,7 @@ class FoldedEfficientNetEncoder(nn.Module):
         super().__init__()
         net = encoder.net
         self.name, self.channels = encoder.name, encoder.channels
-        self.stem, _ = fold_conv(net._conv_stem, net._bn0)
+        self.stem = fuse_conv_bn_eval(net._conv_stem, net._bn0)
         self.stages = nn.ModuleList(nn.ModuleList(map(_FoldedMobileBlock, stage)) for stage in net._blocks)
         self.head = folded_conv1x1(net._conv_head, net._bn1, silu=True)
 
@@ -101,9 +102,8 @@ class _FoldedMobileBlock(nn.Module):
         self.expand = None
         if block.expand_ratio != 1:
             self.expand = folded_conv1x1(block._expand_conv, block._bn0, silu=True)
-        self.depthwise, _ = fold_conv(block._depthwise_conv, block._bn1)
-        self.squeeze = (block._se_reduce, block._se_expand) if block.has_se else ()
-        self.squeeze = nn.ModuleList(self.squeeze)
+        self.depthwise = fuse_conv_bn_eval(block._depthwise_conv, block._bn1)
+        self.squeeze = nn.ModuleList((block._se_reduce, block._se_expand) if block.has_se else ())
         self.project = folded_conv1x1(block._project_conv, block._bn2)
         self.skips = block.id_skip and block.stride == 1 and block.in_channels == block.out_channels
 

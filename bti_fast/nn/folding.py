@@ -39,11 +39,6 @@ def _folded(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
     return known[module]
 
 
-def fold_conv(conv: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Convolution and the batch normalisation after it, as one convolution and an identity."""
-    return fuse_conv_bn_eval(conv, norm), nn.Identity()
-
-
 def matrix_of(conv: nn.Conv2d) -> Tensor:
     """The weight (K, C) of a 1x1 convolution."""
     return conv.weight.flatten(1)
@@ -51,7 +46,7 @@ def matrix_of(conv: nn.Conv2d) -> Tensor:
 
 def folded_conv1x1(conv: nn.Conv2d, norm: nn.Module, *, silu: bool = False) -> SeparableProduct:
     """A 1x1 convolution and the batch normalisation after it, then silu where asked for."""
-    merged, _ = fold_conv(conv, norm)
+    merged = fuse_conv_bn_eval(conv, norm)
     return SeparableProduct([Source(merged.in_channels)], matrix_of(merged), merged.bias, silu=silu)
 
 
@@ -78,7 +73,7 @@ class FoldedResidualBlock(nn.Module):
             lower=torch.where(scale < 0, -infinity, shift),
             upper=torch.where(scale > 0, infinity, shift),
         )
-        second, _ = fold_conv(block.conv2.pointwise, block.bn2)
+        second = fuse_conv_bn_eval(block.conv2.pointwise, block.bn2)
         self.second = SeparableProduct(
             [Source(second.in_channels, block.conv2.depthwise.weight)], matrix_of(second), second.bias
         )

@@ -59,9 +59,8 @@ class _HeadedFusion(torch.autograd.Function):
         x, weight, bias, prior, cls_uncertainty, coeffs, *outputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second derivatives
             tensors = x, weight, bias, prior, cls_uncertainty, coeffs
-            with torch.enable_grad():
-                logits = _logits(x, weight, bias)
-                fused = ops.gated_fusion(x, logits, prior, cls_uncertainty, coeffs, tau=ctx.tau)
+            logits = _logits(x, weight, bias)
+            fused = ops.gated_fusion(x, logits, prior, cls_uncertainty, coeffs, tau=ctx.tau)
             wanted = [value for value in tensors if value.requires_grad]
             found = iter(torch.autograd.grad((*fused, logits), wanted, grads, create_graph=True))
             return *(next(found) if value.requires_grad else None for value in tensors), None
