@@ -27,7 +27,7 @@ struct Ends {
   int64_t place[kRowsAtATime];
   const float* bias[kRowsAtATime];  // or nullptr
   bool add;                         // to what lies in the result, else to the bias
-  bool last;                        // whether skip, silu and bounds apply
+  bool changes;                     // whether there are a skip, silu or bounds, and they apply
 };
 
 void copy_positions(const float* x, int64_t x_step, const float* factor, float* out, int64_t out_step, int64_t count,
@@ -113,22 +113,53 @@ Operand operand(const SeparableProduct& job, const Block& block, float* buffer, 
   return {buffer, step};
 }
 
+constexpr int64_t kHeldWithoutHelp = 1 << 16;  // floats of the matrix that the L2 cache holds beside the rest
+
+// What the next columns will read of the matrix: brought near a few lines with every few rows, as at once it would have
+// to come faster than memory is.
+struct Ahead {
+  const float *from, *end;
+  int64_t lines;  // with every kRows rows
+
+  BTI_FAST_INLINE void step() {
+    for (int64_t i = 0; i < lines && from < end; ++i, from += kLine) __builtin_prefetch(from, 0, 2);
+  }
+};
+
 // V vectors of columns from `column` on of R rows of a block, from `at` on: a [R, depth] b; a vector of b is
-// kPackedColumns floats from the next.
-template <int R, int V>
+// kPackedColumns floats from the next. Full: the columns fill the vectors.
+template <int R, int V, bool Full>
 BTI_FAST_INLINE void multiply(const SeparableProduct& job, const Ends& ends, const float* a, int64_t a_step,
                               const float* const (&b)[kVectors], int64_t depth, int64_t at, int64_t column,
                               int columns) {
+  const auto load_vector = [&](const float* p, int v) __attribute__((always_inline)) {
+    return Full ? load_dense(p + v * kLanes) : load_first(p + v * kLanes, columns - v * kLanes);
+  };
+  const auto store_vector = [&](VecF y, float* p, int v) __attribute__((always_inline)) {
+    Full ? store_dense(y, p + v * kLanes) : store_first(y, p + v * kLanes, columns - v * kLanes);
+  };
+  float* const out = job.out + column;
+  const int64_t* place = ends.place + at;
   VecF acc[R][V];
+  const auto each = [&](auto f) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) f(r, v);
+  };
   const float* row[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    row[r] = a + r * a_step;
-    const float* from = ends.add ? job.out + ends.place[at + r] : ends.bias[at + r];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v)
-      acc[r][v] = from == nullptr ? VecF{} : load_first(from + column + v * kLanes, columns - v * kLanes);
+  for (int r = 0; r < R; ++r) row[r] = a + r * a_step;
+  if (ends.add) {
+    each([&](int r, int v) __attribute__((always_inline)) { acc[r][v] = load_vector(out + place[r], v); });
+  } else if (job.bias == nullptr) {
+    each([&](int r, int v) __attribute__((always_inline)) { acc[r][v] = VecF{}; });
+  } else {
+    each([&](int r, int v) __attribute__((always_inline)) {
+      acc[r][v] = load_vector(ends.bias[at + r] + column, v);
+    });
   }
+#pragma GCC unroll 2
   for (int64_t l = 0; l < depth; ++l) {
     VecF bv[V];
 #pragma GCC unroll 2
@@ -140,39 +171,51 @@ BTI_FAST_INLINE void multiply(const SeparableProduct& job, const Ends& ends, con
       for (int v = 0; v < V; ++v) acc[r][v] += x * bv[v];
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  if (!ends.changes) {
+    each([&](int r, int v) __attribute__((always_inline)) { store_vector(acc[r][v], out + place[r], v); });
+    return;
+  }
+  const float *skip = job.skip, *lower = job.lower, *upper = job.upper;
+  const bool with_silu = job.silu;
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      const int n = columns - v * kLanes;
-      const int64_t first = column + v * kLanes, place = ends.place[at + r] + first;
+  for (int v = 0; v < V; ++v) {
+    const VecF least = lower != nullptr ? load_vector(lower + column, v) : VecF{};
+    const VecF most = upper != nullptr ? load_vector(upper + column, v) : VecF{};
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
       VecF y = acc[r][v];
-      if (ends.last) {
-        if (job.skip != nullptr) y += load_first(job.skip + place, n);
-        if (job.silu) y = silu(y);
-        if (job.lower != nullptr) {  // a NaN stays
-          const VecF bound = load_first(job.lower + first, n);
-          y = y < bound ? bound : y;
-        }
-        if (job.upper != nullptr) {
-          const VecF bound = load_first(job.upper + first, n);
-          y = y > bound ? bound : y;
-        }
-      }
-      store_first(y, job.out + place, n);
+      if (skip != nullptr) y += load_vector(skip + place[r] + column, v);
+      if (with_silu) y = silu(y);
+      if (lower != nullptr) y = y < least ? least : y;  // a NaN stays
+      if (upper != nullptr) y = y > most ? most : y;
+      store_vector(y, out + place[r], v);
     }
+  }
 }
 
-template <int V>
+// Where R rows from `at` on will lie: rows are stored faster than lines come that they overwrite.
+template <int R>
+BTI_FAST_INLINE void bring_near(const SeparableProduct& job, const Ends& ends, int64_t at, int64_t column) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) __builtin_prefetch(job.out + ends.place[at + r] + column, 1, 3);
+  if (!ends.changes || job.skip == nullptr) return;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) __builtin_prefetch(job.skip + ends.place[at + r] + column, 0, 3);
+}
+
+template <int V, bool Full>
 __attribute__((noinline)) void multiply_rows(const SeparableProduct& job, const Ends& ends, const Operand a,
-                                             const float* const (&b)[kVectors], int64_t depth, int64_t column,
-                                             int columns, int64_t rows) {
+                                             const float* const (&b)[kVectors], Ahead ahead, int64_t depth,
+                                             int64_t column, int columns, int64_t rows) {
+  constexpr int most = V == 1 ? kRowsOfOne : kRows;
   int64_t r = 0;
   const auto next = [&](auto count) __attribute__((always_inline)) {
-    multiply<decltype(count)::value, V>(job, ends, a.data + r * a.step, a.step, b, depth, r, column, columns);
-    r += decltype(count)::value;
+    constexpr int R = decltype(count)::value;
+    ahead.step();
+    if (r + 2 * R <= rows) bring_near<R>(job, ends, r + R, column);
+    multiply<R, V, Full>(job, ends, a.data + r * a.step, a.step, b, depth, r, column, columns);
+    r += R;
   };
-  constexpr int most = V == 1 ? kRowsOfOne : kRows;
   while (rows - r >= most) next(std::integral_constant<int, most>{});
   if (most > 6 && rows - r >= 6) next(std::integral_constant<int, 6>{});
   if (rows - r >= 4) next(std::integral_constant<int, 4>{});
@@ -182,7 +225,8 @@ __attribute__((noinline)) void multiply_rows(const SeparableProduct& job, const 
 
 void set_ends(const SeparableProduct& job, const Block& block, Ends* ends) {
   ends->add = block.from > 0;
-  ends->last = block.to == job.depth;
+  ends->changes = block.to == job.depth &&
+                  (job.skip != nullptr || job.silu || job.lower != nullptr || job.upper != nullptr);
   int64_t x = block.first_row % job.width, y = block.first_row / job.width % job.height;
   int64_t sample = block.first_row / job.width / job.height;
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -217,7 +261,7 @@ void multiply_block(const SeparableProduct& job, const Block& block, const Opera
                     int64_t first_column, int64_t last_column) {
   Ends ends;
   set_ends(job, block, &ends);
-  const int64_t all = last_column - first_column;
+  const int64_t all = last_column - first_column, depth = block.to - block.from;
   for (int64_t column = first_column; column < last_column; column += kVectors * kLanes) {
     const int64_t left = last_column - column, done = column - first_column;
     const int64_t next = left < kVectors * kLanes ? all : done + kVectors * kLanes;
@@ -229,8 +273,18 @@ void multiply_block(const SeparableProduct& job, const Block& block, const Opera
              vector % kPanelVectors * kLanes;
     }
     const int columns = left < kVectors * kLanes ? static_cast<int>(left) : kVectors * kLanes;
-    (columns > kLanes ? multiply_rows<2> : multiply_rows<1>)(job, ends, a, b, block.to - block.from, column, columns,
-                                                            block.rows);
+    Ahead ahead{};
+    if (all * depth > kHeldWithoutHelp && left > kVectors * kLanes) {
+      const int64_t panel = (column / kLanes + kVectors) / kPanelVectors;
+      ahead.from = job.matrix + (panel * job.depth + block.from) * kPackedColumns;
+      ahead.end = ahead.from + depth * kPackedColumns;
+      ahead.lines = (depth * kRows + block.rows - 1) / block.rows;  // a row of a panel is one line
+    }
+    const auto multiply_columns = columns == 2 * kLanes ? multiply_rows<2, true>
+                                  : columns > kLanes    ? multiply_rows<2, false>
+                                  : columns == kLanes   ? multiply_rows<1, true>
+                                                        : multiply_rows<1, false>;
+    multiply_columns(job, ends, a, b, ahead, depth, column, columns, block.rows);
   }
 }
 
