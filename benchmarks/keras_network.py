@@ -4,6 +4,9 @@
 ``python benchmarks/keras_network.py``, in an environment with TensorFlow (``pip install tensorflow-cpu``);
 it needs nothing of bti_fast. Layers, layout (NHWC, float32) and parameters are the published code's, written
 anew from its saved model. The training step leaves out the boundary and texture terms of the mask loss.
+
+``--beside PYTHON`` names a Python that has bti_fast: TensorFlow's network and that one's then take turns, step
+by step, and the ratio is the median of those within a turn, which a machine with other users changes least.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 Tensor = Any  # a keras.KerasTensor; shapes are (B, H, W, C) for maps and (B, F) for vectors
 INFERENCE, TRAINING = "inference", "training step"
 WARM_UP = 2  # the first traces, too
 # Keras 3 lets XLA compile predict_on_batch; --xla does so for the others.
+OURS = ((INFERENCE, "folded"), (TRAINING, "bti_fast"), (TRAINING, "checkpointing"))  # beside tf.function
 CASES = ((INFERENCE, "tf.function"), (INFERENCE, "predict_on_batch"), (TRAINING, "tf.function"))
 FEATURES = 256  # of the classification decoder
 TAU = 0.7
@@ -187,6 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     shape, xla = f"{options.batch}x{options.size}x{options.size}x3", ", XLA" if options.xla else ""
     print(f"published architecture, efficientnet-b4, {shape}, {options.threads} threads{xla}")
+    if options.beside:
+        take_turns(options, sys.argv[1:] if arguments is None else arguments)
+        return 0
     print(f"{'mode':14} {'call':17} {'oneDNN':6} {'median s':>9} {'min-max':>15} {'peak GB':>8}")
     for mode, call in CASES:
         # A training step needs batch statistics, which one image does not have.
@@ -210,7 +218,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=(INFERENCE, TRAINING), default=[INFERENCE, TRAINING])
     parser.add_argument("--onednn", choices=("on", "off", "both"), default="both", help="TensorFlow's oneDNN")
     parser.add_argument("--xla", action="store_true", help="let XLA compile every tf.function")
+    parser.add_argument("--beside", metavar="PYTHON", help="take turns with the network of bti_fast, as this has it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--on-request", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name in ("batch", "threads", "repeats"):
         if getattr(options, name) < 1:
@@ -222,12 +232,62 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def in_fresh_process(arguments: list[str], mode: str, call: str, onednn: str) -> dict[str, float]:
     """One case: {"median", "min", "max": seconds, "peak": GiB of resident memory}."""
-    quiet = {"TF_ENABLE_ONEDNN_OPTS": str(int(onednn == "on")), "TF_CPP_MIN_LOG_LEVEL": "2"}
     command = [sys.executable, __file__, *arguments, "--one", f"{mode},{call}"]
     found = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **quiet}
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment(onednn == "on")
     )
     return json.loads(found.stdout.splitlines()[-1])
+
+
+def environment(onednn: bool) -> dict[str, str]:
+    """That of a process with TensorFlow."""
+    return {**os.environ, "TF_ENABLE_ONEDNN_OPTS": str(int(onednn)), "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def take_turns(options: argparse.Namespace, arguments: list[str]) -> None:
+    """Prints both networks' seconds and memory, and the ratio of each to TensorFlow's in the same turns."""
+    print(f"{'mode':14} {'network':13} {'median s':>9} {'min-max':>15} {'peak GB':>8} {'of TensorFlow':>14}")
+    for mode, provider in OURS:
+        if mode not in options.modes or (mode == TRAINING and options.batch == 1):
+            continue
+        theirs = [sys.executable, __file__, *arguments, "--one", f"{mode},tf.function", "--on-request"]
+        ours = [options.beside, "-m", "bti_fast.benchmarks.network", "--on-request"]
+        ours += ["--one", f"proxy,{mode},{provider}"]
+        for name in ("size", "batch", "threads"):
+            ours += [f"--{name}", str(getattr(options, name))]
+        networks = {
+            "TensorFlow": asked(theirs, environment(options.onednn != "off")),
+            provider: asked(ours, dict(os.environ)),
+        }
+        times = {name: [] for name in networks}
+        for _ in range(options.repeats):
+            for name, process in networks.items():
+                times[name].append(float(answer(process)))
+        for name, process in networks.items():
+            found = json.loads(process.communicate()[0].splitlines()[-1])
+            ratio = statistics.median(
+                own / other for own, other in zip(times[name], times["TensorFlow"], strict=True)
+            )
+            span = f"{found['min']:.2f}-{found['max']:.2f}"
+            line = f"{mode:14} {name:13} {found['median']:9.3f} {span:>15} {found['peak']:8.2f} {ratio:14.2f}"
+            print(line, flush=True)
+
+
+def asked(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    """A process that times a step for each line it is sent, warm."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+    for line in process.stdout:
+        if line == "ready\n":
+            return process
+    raise SystemExit(f"keras_network: {' '.join(command)} ended with {process.wait()} before its first step")
+
+
+def answer(process: subprocess.Popen[str]) -> str:
+    """Seconds of the next step."""
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline()
 
 
 def measure(options: argparse.Namespace, mode: str, call: str) -> dict[str, float]:
@@ -272,12 +332,20 @@ def measure(options: argparse.Namespace, mode: str, call: str) -> dict[str, floa
     for _ in range(WARM_UP):
         step()
     times = []
-    for _ in range(options.repeats):
+    for _ in requests() if options.on_request else range(options.repeats):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
+        if options.on_request:
+            print(times[-1], flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"median": statistics.median(times), "min": min(times), "max": max(times), "peak": peak}
+
+
+def requests() -> Iterator[str]:
+    """Lines of the standard input: one for each step that is to be timed."""
+    print("ready", flush=True)
+    yield from sys.stdin
 
 
 def loss_of(prob: Any, classes: Any, mask: Any, label: Any) -> Any:

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 MODES = ("inference", "training step")
 PROVIDERS = {
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--compile", action="store_true", help="also under torch.compile (minutes to compile)"
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--on-request", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     # A training step needs batch statistics, which one image does not have.
     modes = MODES if options.batch > 1 else MODES[:1]
@@ -116,13 +118,21 @@ def _measure(options: argparse.Namespace, interaction: str, mode: str, provider:
     with forced:
         for _ in range(WARM_UP):
             step()
-        for _ in range(options.repeats):
+        for _ in _requests() if options.on_request else range(options.repeats):
             start = time.perf_counter()
             step()
             times.append(time.perf_counter() - start)
+            if options.on_request:
+                print(times[-1], flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     median = statistics.median(times)
     return {"times": times, "median": median, "min": min(times), "max": max(times), "peak": peak}
+
+
+def _requests() -> Iterator[str]:
+    """Lines of the standard input: one for each step that is to be timed, by whoever takes turns with this."""
+    print("ready", flush=True)
+    yield from sys.stdin
 
 
 if __name__ == "__main__":

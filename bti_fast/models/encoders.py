@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bti_fast.errors import UserError
 from bti_fast.nn.checkpointing import checkpointed
+from bti_fast.nn.dilated_depthwise import takes_kernels
 from bti_fast.nn.folding import folded_conv1x1, matrix_of
 from bti_fast.nn.normalised_silu import depthwise_silu, normalised_silu
 from bti_fast.nn.pointwise import conv1x1
@@ -102,34 +104,67 @@ class _FoldedMobileBlock(nn.Module):
         self.expand = None
         if block.expand_ratio != 1:
             self.expand = folded_conv1x1(block._expand_conv, block._bn0, silu=True)
-        self.depthwise = fuse_conv_bn_eval(block._depthwise_conv, block._bn1)
-        self.squeeze = nn.ModuleList((block._se_reduce, block._se_expand) if block.has_se else ())
+        depthwise = fuse_conv_bn_eval(block._depthwise_conv, block._bn1)
+        self.same = not isinstance(depthwise, SamePaddingConv)  # at stride 1
+        self.register_buffer("taps", depthwise.weight.detach().flatten(1).T.contiguous())  # [k·k, C]
+        self.register_buffer("taps_bias", depthwise.bias.detach())
+        self.has_se = block.has_se
+        if block.has_se:
+            self.register_buffer("reduce", matrix_of(block._se_reduce).detach().contiguous())  # [R, C]
+            self.register_buffer("reduce_bias", block._se_reduce.bias.detach())
+            self.register_buffer("excite", matrix_of(block._se_expand).detach().T.contiguous())  # [R, C]
+            self.register_buffer("excite_bias", block._se_expand.bias.detach())
         self.project = folded_conv1x1(block._project_conv, block._bn2)
         self.skips = block.id_skip and block.stride == 1 and block.in_channels == block.out_channels
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        squeeze = [self.reduce, self.reduce_bias, self.excite, self.excite_bias] if self.has_se else []
+        if not takes_kernels(inputs, self.taps) or (torch.is_grad_enabled() and inputs.requires_grad):
+            return self._plain(inputs, *squeeze)
+        y, *expanded = torch.ops.bti_fast_cpu.mobile_block(
+            inputs,
+            [] if self.expand is None else [self.expand.matrix, self.expand.bias],
+            self.taps,
+            self.taps_bias,
+            1 if self.same else 2,
+            squeeze,
+            self.project.matrix,
+            self.project.bias,
+            self.skips,
+        )
+        return y, expanded[0] if expanded else inputs
+
+    def _plain(self, inputs: Tensor, *squeeze: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by torch's layers."""
         expanded = inputs if self.expand is None else self.expand(inputs)
-        x = depthwise_silu(self.depthwise, _IDENTITY, expanded)
+        size = math.isqrt(len(self.taps))
+        kernel = self.taps.T.unflatten(1, (1, size, size))
+        if self.same:
+            x = F.conv2d(expanded, kernel, self.taps_bias, padding=size // 2, groups=len(kernel))
+        else:
+            x = F.conv2d(_padded(expanded, size), kernel, self.taps_bias, 2, groups=len(kernel))
+        x = F.silu(x)
         gate = None
-        if self.squeeze:
-            reduce, expand = self.squeeze
-            gate = x.mean((2, 3))
-            gate = F.silu(F.linear(gate, matrix_of(reduce), reduce.bias))
-            gate = F.linear(gate, matrix_of(expand), expand.bias).sigmoid()
+        if squeeze:
+            reduce, reduce_bias, excite, excite_bias = squeeze
+            gate = F.silu(F.linear(x.mean((2, 3)), reduce, reduce_bias))
+            gate = F.linear(gate, excite.T, excite_bias).sigmoid()
         return self.project(x, factor=gate, skip=inputs if self.skips else None), expanded
 
 
-class SamePaddingConv(nn.Conv2d):
-    """A convolution of stride 2 padded for the size it is given, as the published encoder pads.
+def _padded(x: Tensor, size: int) -> Tensor:
+    """For a convolution of stride 2 by a kernel of that size, as the published encoder pads: size//2 - 1
+    before and size//2 after where the map is even, size//2 on both sides where odd."""
+    height, width = x.shape[-2:]
+    reach = size // 2
+    return F.pad(x, (reach - 1 + width % 2, reach, reach - 1 + height % 2, reach))
 
-    For kernel size k: k//2 - 1 before and k//2 after where the size is even, k//2 on both sides where odd.
-    """
+
+class SamePaddingConv(nn.Conv2d):
+    """A convolution of stride 2 padded for the size it is given."""
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        reach = self.kernel_size[0] // 2
-        x = F.pad(x, (reach - 1 + width % 2, reach, reach - 1 + height % 2, reach))
-        return super().forward(x)
+        return super().forward(_padded(x, self.kernel_size[0]))
 
 
 def _mobile_block(block: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,11 @@ constexpr int64_t kElementsPerTask = 1 << 14;  // work below this many outputs i
 
 }  // namespace
 
+void run(const DilatedDepthwise& job, int64_t batch) {
+  in_parallel(BTI_FAST_SELECT(dilated_depthwise), job, batch * job.out_height,
+              std::max<int64_t>(1, kElementsPerTask / (job.out_width * job.channels)));
+}
+
 Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t dilation,
                          const std::optional<Tensor>& scale, bool silu) {
   STD_TORCH_CHECK(x.dim() == 4 && lies(x, {0, 2, 3, 1}), "x must be (B, C, H, W), dense and channels_last");
@@ -26,20 +31,14 @@ Tensor dilated_depthwise(const Tensor& x, const Tensor& taps, const std::optiona
   STD_TORCH_CHECK(taps.size(0) == 9 || taps.size(0) == 25, "taps must be of a 3x3 or 5x5 kernel, got ", taps.size(0));
   STD_TORCH_CHECK(dilation >= 1, "dilation must be at least 1, got ", dilation);
   const Tensor out = torch::stable::empty_like(x);
-  const DilatedDepthwise job{floats(x, "x"),
-                             floats(taps, "taps"),
-                             channel_values(scale, "scale", channels),
-                             channel_values(bias, "bias", channels),
-                             memory(out),
-                             channels,
-                             x.size(2),
-                             x.size(3),
-                             taps.size(0) == 9 ? 3 : 5,
-                             dilation,
-                             silu};
-  if (out.numel() == 0) return out;
-  in_parallel(BTI_FAST_SELECT(dilated_depthwise), job, x.size(0) * job.height,
-              std::max<int64_t>(1, kElementsPerTask / (job.width * channels)));
+  DilatedDepthwise job{};
+  job.x = floats(x, "x"), job.weight = floats(taps, "taps");
+  job.scale = channel_values(scale, "scale", channels), job.bias = channel_values(bias, "bias", channels);
+  job.out = memory(out);
+  job.channels = channels, job.height = job.out_height = x.size(2), job.width = job.out_width = x.size(3);
+  job.kernel = taps.size(0) == 9 ? 3 : 5, job.dilation = dilation, job.stride = 1;
+  job.silu = silu;
+  if (out.numel() > 0) run(job, x.size(0));
   return out;
 }
 

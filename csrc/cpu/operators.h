@@ -54,6 +54,10 @@ Tensor separable_product(const std::vector<Tensor>& maps, const std::vector<Tens
                          const std::optional<Tensor>& factor, const std::optional<Tensor>& bias,
                          const std::optional<Tensor>& skip, const std::optional<Tensor>& lower,
                          const std::optional<Tensor>& upper, bool silu);
+// The result, and the expanded map where there is an expansion.
+std::vector<Tensor> mobile_block(const Tensor& x, const std::vector<Tensor>& expand, const Tensor& taps,
+                                 const Tensor& taps_bias, int64_t stride, const std::vector<Tensor>& squeeze,
+                                 const Tensor& project_matrix, const Tensor& project_bias, bool skip);
 Tensor up_conv(const Tensor& x, const std::vector<Tensor>& matrices, const Tensor& bias, int64_t height, int64_t width);
 Tensor scaled_silu(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);
 void scaled_silu_(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);

@@ -48,6 +48,9 @@ STABLE_TORCH_LIBRARY(bti_fast_cpu, m) {
   m.def(
       "separable_product(Tensor[] maps, Tensor[] taps, int[] dilations, Tensor matrix, int columns, Tensor? factor,"
       " Tensor? bias, Tensor? skip, Tensor? lower, Tensor? upper, bool silu) -> Tensor");
+  m.def(
+      "mobile_block(Tensor x, Tensor[] expand, Tensor taps, Tensor taps_bias, int stride, Tensor[] squeeze,"
+      " Tensor project_matrix, Tensor project_bias, bool skip) -> Tensor[]");
   m.def("up_conv(Tensor x, Tensor[] matrices, Tensor bias, int height, int width) -> Tensor");
   m.def("dilated_depthwise_weight(Tensor grad, Tensor x, int kernel, int dilation) -> Tensor");
   m.def("dual_path_summary(Tensor x) -> (Tensor, Tensor)");
@@ -78,6 +81,7 @@ STABLE_TORCH_LIBRARY_IMPL(bti_fast_cpu, CPU, m) {
   m.impl("scaled_silu_gradient", TORCH_BOX(&bti_fast::scaled_silu_gradient));
   m.impl("scaled_silu_", TORCH_BOX(&bti_fast::scaled_silu_));
   m.impl("separable_product", TORCH_BOX(&bti_fast::separable_product));
+  m.impl("mobile_block", TORCH_BOX(&bti_fast::mobile_block));
   m.impl("up_conv", TORCH_BOX(&bti_fast::up_conv));
   m.impl("dilated_depthwise_weight", TORCH_BOX(&bti_fast::dilated_depthwise_weight));
   m.impl("dual_path_summary", TORCH_BOX(&bti_fast::dual_path_summary));

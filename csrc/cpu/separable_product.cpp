@@ -6,9 +6,9 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/dense_floats.h"
 #include "cpu/in_parallel.h"
 #include "cpu/operators.h"
+#include "cpu/packed_matrix.h"
 
 namespace bti_fast {
 
@@ -79,11 +79,7 @@ Tensor separable_product(const std::vector<Tensor>& maps, const std::vector<Tens
   }
   STD_TORCH_CHECK(job.depth > 0, "maps must have a channel");
   job.columns = columns;
-  const int64_t panels = parts(columns, kPackedColumns);
-  STD_TORCH_CHECK(columns > 0 && matrix.dim() == 3 && matrix.size(0) == panels && matrix.size(1) == job.depth &&
-                      matrix.size(2) == kPackedColumns && lies(matrix, {0, 1, 2}),
-                  "matrix must be (", panels, ", ", job.depth, ", ", kPackedColumns, "), contiguous");
-  job.matrix = floats(matrix, "matrix");
+  job.matrix = packed_matrix(matrix, "matrix", columns, job.depth);
   if (factor) {
     STD_TORCH_CHECK(factor->dim() == 2 && factor->size(0) == job.batch && factor->size(1) == job.depth &&
                         lies(*factor, {0, 1}),

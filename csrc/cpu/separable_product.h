@@ -42,7 +42,7 @@ struct SeparableProduct {
 // Appends a source, its channels next in the depth.
 void add_source(SeparableProduct& job, SeparableSource source);
 
-// Divides the job into tasks and runs it; everything before depth_block is set.
+// Divides the job into tasks and runs it; everything before depth_block is set. The result may be empty.
 void run(SeparableProduct& job);
 
 // Positions of all samples that are convolved at a time.

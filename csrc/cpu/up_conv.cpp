@@ -2,9 +2,8 @@
 // for columns. That makes four products of the map with itself, shifted, each for a quarter of the result.
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/dense_floats.h"
 #include "cpu/operators.h"
-#include "cpu/separable_product.h"
+#include "cpu/packed_matrix.h"
 
 namespace bti_fast {
 
@@ -32,13 +31,7 @@ Tensor up_conv(const Tensor& x, const std::vector<Tensor>& matrices, const Tenso
     for (int64_t down = 0; down <= 1 - top; ++down)
       for (int64_t right = 0; right <= 1 - left; ++right)
         add_source(job, {floats(x, "x"), nullptr, channels, x.size(2), x.size(3), 1, -down, -right, 0});
-    const Tensor& matrix = matrices[static_cast<size_t>(quarter)];
-    const int64_t panels = (columns + kPackedColumns - 1) / kPackedColumns;
-    STD_TORCH_CHECK(matrix.dim() == 3 && matrix.size(0) == panels && matrix.size(1) == job.depth &&
-                        matrix.size(2) == kPackedColumns && lies(matrix, {0, 1, 2}),
-                    "matrices[", quarter, "] must be (", panels, ", ", job.depth, ", ", kPackedColumns,
-                    "), contiguous");
-    job.matrix = floats(matrix, "matrices");
+    job.matrix = packed_matrix(matrices[static_cast<size_t>(quarter)], "matrices", columns, job.depth);
     job.bias = floats(bias, "bias");
     job.out = memory(out);
     job.stride = 2, job.top = top, job.left = left;
