@@ -5,8 +5,8 @@
 it needs nothing of bti_fast. Layers, layout (NHWC, float32) and parameters are the published code's, written
 anew from its saved model. The training step leaves out the boundary and texture terms of the mask loss.
 
-``--beside PYTHON`` names a Python that has bti_fast: TensorFlow's network and that one's then take turns, step
-by step, and the ratio is the median of those within a turn, which a machine with other users changes least.
+``--beside PYTHON`` names a Python that has bti_fast: TensorFlow's network and that one's then take turns,
+step by step, and the ratio is the median of those within a turn, which other users of a machine change least.
 """
 
 from __future__ import annotations
@@ -218,7 +218,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=(INFERENCE, TRAINING), default=[INFERENCE, TRAINING])
     parser.add_argument("--onednn", choices=("on", "off", "both"), default="both", help="TensorFlow's oneDNN")
     parser.add_argument("--xla", action="store_true", help="let XLA compile every tf.function")
-    parser.add_argument("--beside", metavar="PYTHON", help="take turns with the network of bti_fast, as this has it")
+    parser.add_argument(
+        "--beside", metavar="PYTHON", help="take turns with the network of bti_fast, as this has it"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--on-request", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -130,7 +130,7 @@ def _measure(options: argparse.Namespace, interaction: str, mode: str, provider:
 
 
 def _requests() -> Iterator[str]:
-    """Lines of the standard input: one for each step that is to be timed, by whoever takes turns with this."""
+    """Lines of the standard input: one for each step that is to be timed, from whoever takes turns."""
     print("ready", flush=True)
     yield from sys.stdin
 

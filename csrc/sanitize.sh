@@ -23,7 +23,7 @@ cmake --install "$build" --prefix "$copy/bti_fast"
 compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")
 cd "$copy"
 # opcheck tests the registration in Python, at length.
-[ $# -gt 0 ] || set -- tests/ops tests/nn/test_dilated_depthwise.py tests/nn/test_normalised_silu.py tests/nn/test_dual_path.py tests/nn/test_separable_product.py tests/nn/test_up_conv.py tests/nn/test_headed_fusion.py -k "(cpu or instruction_set or test_properties) and not opcheck"
+[ $# -gt 0 ] || set -- tests/ops tests/nn/test_dilated_depthwise.py tests/nn/test_normalised_silu.py tests/nn/test_dual_path.py tests/nn/test_separable_product.py tests/nn/test_up_conv.py tests/nn/test_headed_fusion.py tests/nn/test_mobile_block.py -k "(cpu or instruction_set or a_matrix_for_each_sample or many_positions or test_properties) and not opcheck"
 # The interpreter is not instrumented: the runtimes come first, and its own leaks are not ours.
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$copy" OMP_NUM_THREADS=2 \

@@ -16,6 +16,7 @@ from bti_fast.models import checkpoint
 from bti_fast.models.encoders import EfficientNetEncoder, check_maps, feature_channels, load_encoder_weights
 from bti_fast.nn.blocks import BN_EPS, BN_MOMENTUM, AttentionGate, ResidualBlock
 from bti_fast.nn.checkpointing import checkpointed
+from bti_fast.nn.dropout import Dropout
 from bti_fast.nn.folding import fold
 from bti_fast.nn.interaction import FixedInteraction, GatedInteraction
 from bti_fast.nn.up_conv import UpConv
@@ -60,7 +61,7 @@ class DecoderLevel(nn.Module):
         self.up = UpConv(below, channels)
         self.gate = AttentionGate(skip, channels, channels // 2)
         self.block = ResidualBlock((channels, skip), channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.features = None if pooled is None else nn.Linear(pooled, CLS_FEATURES)
 
     def forward(self, below: Tensor, skip: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor | None]:

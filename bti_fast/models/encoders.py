@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bti_fast.errors import UserError
 from bti_fast.nn.checkpointing import checkpointed
-from bti_fast.nn.dilated_depthwise import takes_kernels
-from bti_fast.nn.folding import folded_conv1x1, matrix_of
+from bti_fast.nn.folding import folded_conv1x1
+from bti_fast.nn.mobile_block import FoldedMobileBlock, padded
 from bti_fast.nn.normalised_silu import depthwise_silu, normalised_silu
 from bti_fast.nn.pointwise import conv1x1
 
@@ -79,7 +78,7 @@ class FoldedEfficientNetEncoder(nn.Module):
         net = encoder.net
         self.name, self.channels = encoder.name, encoder.channels
         self.stem = fuse_conv_bn_eval(net._conv_stem, net._bn0)
-        self.stages = nn.ModuleList(nn.ModuleList(map(_FoldedMobileBlock, stage)) for stage in net._blocks)
+        self.stages = nn.ModuleList(nn.ModuleList(map(FoldedMobileBlock, stage)) for stage in net._blocks)
         self.head = folded_conv1x1(net._conv_head, net._bn1, silu=True)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -96,75 +95,11 @@ class FoldedEfficientNetEncoder(nn.Module):
 _IDENTITY = nn.Identity()
 
 
-class _FoldedMobileBlock(nn.Module):
-    """_mobile_block for inference."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.expand = None
-        if block.expand_ratio != 1:
-            self.expand = folded_conv1x1(block._expand_conv, block._bn0, silu=True)
-        depthwise = fuse_conv_bn_eval(block._depthwise_conv, block._bn1)
-        self.same = not isinstance(depthwise, SamePaddingConv)  # at stride 1
-        self.register_buffer("taps", depthwise.weight.detach().flatten(1).T.contiguous())  # [k·k, C]
-        self.register_buffer("taps_bias", depthwise.bias.detach())
-        self.has_se = block.has_se
-        if block.has_se:
-            self.register_buffer("reduce", matrix_of(block._se_reduce).detach().contiguous())  # [R, C]
-            self.register_buffer("reduce_bias", block._se_reduce.bias.detach())
-            self.register_buffer("excite", matrix_of(block._se_expand).detach().T.contiguous())  # [R, C]
-            self.register_buffer("excite_bias", block._se_expand.bias.detach())
-        self.project = folded_conv1x1(block._project_conv, block._bn2)
-        self.skips = block.id_skip and block.stride == 1 and block.in_channels == block.out_channels
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        squeeze = [self.reduce, self.reduce_bias, self.excite, self.excite_bias] if self.has_se else []
-        if not takes_kernels(inputs, self.taps) or (torch.is_grad_enabled() and inputs.requires_grad):
-            return self._plain(inputs, *squeeze)
-        y, *expanded = torch.ops.bti_fast_cpu.mobile_block(
-            inputs,
-            [] if self.expand is None else [self.expand.matrix, self.expand.bias],
-            self.taps,
-            self.taps_bias,
-            1 if self.same else 2,
-            squeeze,
-            self.project.matrix,
-            self.project.bias,
-            self.skips,
-        )
-        return y, expanded[0] if expanded else inputs
-
-    def _plain(self, inputs: Tensor, *squeeze: Tensor) -> tuple[Tensor, Tensor]:
-        """The same by torch's layers."""
-        expanded = inputs if self.expand is None else self.expand(inputs)
-        size = math.isqrt(len(self.taps))
-        kernel = self.taps.T.unflatten(1, (1, size, size))
-        if self.same:
-            x = F.conv2d(expanded, kernel, self.taps_bias, padding=size // 2, groups=len(kernel))
-        else:
-            x = F.conv2d(_padded(expanded, size), kernel, self.taps_bias, 2, groups=len(kernel))
-        x = F.silu(x)
-        gate = None
-        if squeeze:
-            reduce, reduce_bias, excite, excite_bias = squeeze
-            gate = F.silu(F.linear(x.mean((2, 3)), reduce, reduce_bias))
-            gate = F.linear(gate, excite.T, excite_bias).sigmoid()
-        return self.project(x, factor=gate, skip=inputs if self.skips else None), expanded
-
-
-def _padded(x: Tensor, size: int) -> Tensor:
-    """For a convolution of stride 2 by a kernel of that size, as the published encoder pads: size//2 - 1
-    before and size//2 after where the map is even, size//2 on both sides where odd."""
-    height, width = x.shape[-2:]
-    reach = size // 2
-    return F.pad(x, (reach - 1 + width % 2, reach, reach - 1 + height % 2, reach))
-
-
 class SamePaddingConv(nn.Conv2d):
     """A convolution of stride 2 padded for the size it is given."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(_padded(x, self.kernel_size[0]))
+        return super().forward(padded(x, self.kernel_size[0]))
 
 
 def _mobile_block(block: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:

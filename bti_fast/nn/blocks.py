@@ -78,7 +78,7 @@ class MultiScaleContextFusion(nn.Module):
         if x.shape[2] * x.shape[3] >= x.shape[1]:
             return self._multiplied_out(x, weights)
         w1, w2, w4 = weights[:, :, None, None, None].unbind(1)  # each [B, 1, 1, 1]
-        return self.fusion(w1 * self.sep_d1(x) + w2 * self.sep_d2(x) + w4 * self.sep_d4(x))
+        return conv1x1(self.fusion, w1 * self.sep_d1(x) + w2 * self.sep_d2(x) + w4 * self.sep_d4(x))
 
     def folded_form(self) -> nn.Module:
         """The same for inference, see bti_fast.nn.folding."""
@@ -145,7 +145,7 @@ class ResidualBlock(nn.Module):
         x = maps[0] if len(maps) == 1 else torch.cat(maps, 1)
         y = self.bn1(self.conv1(x))
         y = self.msf(self.bn2(self.conv2(y)))
-        skip = self.proj(x)
+        skip = x if isinstance(self.proj, nn.Identity) else conv1x1(self.proj, x)
         return F.relu_(y + skip) if self.att is None else self.att(y, skip)
 
     def folded_form(self) -> nn.Module:
@@ -169,11 +169,11 @@ class AttentionGate(nn.Module):
         self.ctx_out = nn.Conv2d(inter_channels, 1, 1)
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
-        g = self.g_transform(g)
+        g = conv1x1(self.g_transform, g)
         if g.shape[2:] != x.shape[2:]:
             g = F.interpolate(g, size=x.shape[2:], mode="bilinear", align_corners=False, antialias=False)
-        mask = self.ctx_out(self.ctx_sep_d2(self.ctx_sep_d1(F.relu_(self.x_transform(x) + g)))).sigmoid()
-        return x * mask
+        both = F.relu_(conv1x1(self.x_transform, x) + g)
+        return x * self.ctx_out(self.ctx_sep_d2(self.ctx_sep_d1(both))).sigmoid()
 
     def folded_form(self) -> nn.Module:
         """The same for inference, see bti_fast.nn.folding."""

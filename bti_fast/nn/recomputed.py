@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bti_fast.nn.dilated_depthwise import convolve, gradients, takes_kernels
+from bti_fast.nn.separable_product import pack, product_by
 
 DILATIONS = (1, 2, 4)
 SHARE = 16 * 2**20  # bytes of a map: smaller ones cost time, larger ones a tenth of a step's memory
@@ -42,6 +43,15 @@ def _shares(x: Tensor) -> list[slice]:
 
 
 def _mix(x: Tensor, kernels: Sequence[Tensor], matrices: Tensor, bias: Tensor) -> Tensor:
+    if len(x) and not torch.is_grad_enabled() and takes_kernels(x, *kernels, matrices, bias):
+        return torch.ops.bti_fast_cpu.separable_product(
+            [x] * len(kernels),
+            [kernel.flatten(1).T.contiguous() for kernel in kernels],
+            DILATIONS,
+            pack(matrices.transpose(1, 2).flatten(2)),  # of [B, C, 3·C]
+            x.shape[1],
+            *(None, bias.contiguous(), None, None, None, False),
+        )
     shares = _shares(x)
     if len(shares) == 1:
         return maps_of(_mixed_rows(x, kernels, matrices, bias), x)
@@ -107,7 +117,10 @@ def _gradients(
         if matrices_needed:
             spread = rows_of(convolve(x.to(grad.dtype), kernel.to(grad.dtype), dilation))
             grad_matrices.append(torch.bmm(rows.transpose(1, 2), spread))
-        grad_spread = maps_of(torch.bmm(rows, matrices[:, number].to(grad.dtype)), x)
+        if len(x) and not torch.is_grad_enabled() and takes_kernels(grad, matrices):
+            grad_spread = product_by(grad, matrices[:, number].transpose(1, 2))
+        else:
+            grad_spread = maps_of(torch.bmm(rows, matrices[:, number].to(grad.dtype)), x)
         wanted = x_needed, kernels_needed[number]
         part, grad_kernel = gradients(grad_spread, x, kernel, dilation, wanted)
         grad_x = part if grad_x is None else grad_x.add_(part)

@@ -128,15 +128,28 @@ class SeparableProduct(nn.Module):
 
 
 def pack(weight: Tensor) -> Tensor:
-    """(K, C) -> (K / 16 rounded up, C, 16): panels of columns, zeros beyond the last."""
-    panels = -(-len(weight) // PANEL)
-    padded = F.pad(weight, (0, 0, 0, panels * PANEL - len(weight)))
-    return padded.unflatten(0, (panels, PANEL)).transpose(1, 2).contiguous()
+    """(..., K, C) -> (..., K / 16 rounded up, C, 16): panels of columns, zeros beyond the last."""
+    columns = weight.shape[-2]
+    panels = -(-columns // PANEL)
+    missing = panels * PANEL - columns
+    padded = F.pad(weight, (0, 0, 0, missing)) if missing else weight
+    return padded.unflatten(-2, (panels, PANEL)).transpose(-1, -2).contiguous()
 
 
 def unpack(matrix: Tensor, columns: int) -> Tensor:
     """pack() undone: (K, C)."""
     return matrix.transpose(1, 2).flatten(0, 1)[:columns]
+
+
+def product_by(x: Tensor, weight: Tensor) -> Tensor:
+    """weight · x at every position, for maps and weights that the CPU's kernel takes.
+
+    x (B, C, H, W) channels_last, weight (K, C) or (B, K, C) -> (B, K, H, W), channels_last.
+    """
+    nothing = (None,) * 5
+    return torch.ops.bti_fast_cpu.separable_product(
+        [x], [x.new_empty(0)], [1], pack(weight), weight.shape[-2], *nothing, False
+    )
 
 
 def _convolved(x: Tensor, taps: Tensor, dilation: int) -> Tensor:

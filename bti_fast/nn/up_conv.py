@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast.nn.dilated_depthwise import takes_kernels
+from bti_fast.nn.pointwise import MANY_POSITIONS
 from bti_fast.nn.separable_product import pack, unpack
 from bti_fast.ops.straight import is_ordinary
 
@@ -47,10 +48,8 @@ class FoldedUpConv(nn.Module):
 
     def __init__(self, up: UpConv) -> None:
         super().__init__()
-        weight = up.weight.detach()  # [C, K, 3, 3]
-        for number, taps in enumerate(_TAPS):
-            matrix = torch.cat([weight[:, :, down, right].T for down, right in taps], 1)  # [K, taps·C]
-            self.register_buffer(f"matrix{number}", pack(matrix))
+        for number, matrix in enumerate(_packed(up.weight.detach())):
+            self.register_buffer(f"matrix{number}", matrix)
         self.register_buffer("bias", up.bias.detach())
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
@@ -68,6 +67,11 @@ class FoldedUpConv(nn.Module):
         }
         weight = torch.stack([parts[tap] for tap in sorted(parts)]).unflatten(0, (3, 3)).permute(3, 2, 0, 1)
         return F.conv_transpose2d(x, weight, self.bias, stride=2)[:, :, :height, :width]
+
+
+def _packed(weight: Tensor) -> list[Tensor]:
+    """(C, K, 3, 3) -> for each quarter of the output the packed matrix of its taps, (K, taps·C)."""
+    return [pack(torch.cat([weight[:, :, down, right].T for down, right in taps], 1)) for taps in _TAPS]
 
 
 def _sized(up: Callable[[Tensor, int, int], Tensor], x: Tensor, size: Sequence[int]) -> Tensor:
@@ -91,13 +95,16 @@ def _as_products(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 class _UpConv(torch.autograd.Function):
-    """One product for all nine taps, whose results are added to every other row and column of the output.
+    """As FoldedUpConv, or where no kernel takes the maps one product for all nine taps, whose results are
+    added to every other row and column of the output.
 
     x (B, C, H, W), weight (C, K, 3, 3), bias (K,) -> (B, K, height, width), channels_last.
     """
 
     @staticmethod
     def forward(x, weight, bias, height, width):
+        if len(x) * x.shape[2] * x.shape[3] >= MANY_POSITIONS and takes_kernels(x, weight, bias):
+            return torch.ops.bti_fast_cpu.up_conv(x, _packed(weight), bias, height, width)
         matrix = _matrix(weight)
         shape = len(x), len(bias), height, width
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)

@@ -1,5 +1,5 @@
-// EfficientNet's inverted bottleneck for inference: 1x1 expansion, depthwise convolution, squeeze-and-excitation and 1x1
-// projection, with normalisations in the convolutions. Three passes over the maps, and one call for a dozen.
+// EfficientNet's inverted bottleneck for inference: 1x1 expansion, depthwise convolution, squeeze-and-excitation and
+// 1x1 projection, with normalisations in the convolutions. Three passes over the maps, and one call for a dozen.
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>

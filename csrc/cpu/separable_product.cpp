@@ -51,6 +51,27 @@ void run(SeparableProduct& job) {
   in_parallel(BTI_FAST_SELECT(separable_product), job, parts(rows, job.rows_per_task) * job.column_tasks, 1);
 }
 
+namespace {
+
+// The same with a matrix of its own for each sample, one after the other.
+void run_by_sample(SeparableProduct job) {
+  const int64_t batch = job.batch, positions = job.height * job.width;
+  const int64_t matrix_step = rounded_up(job.columns, kPackedColumns) * job.depth;
+  job.batch = 1;
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    SeparableProduct one = job;
+    for (SeparableSource& source : one.sources) source.x += sample * positions * source.channels;
+    one.matrix += sample * matrix_step;
+    if (one.factor != nullptr) one.factor += sample * one.depth;
+    if (one.bias != nullptr) one.bias += sample * one.bias_step;
+    if (one.skip != nullptr) one.skip += sample * positions * one.columns;
+    one.out += sample * positions * one.columns;
+    run(one);
+  }
+}
+
+}  // namespace
+
 Tensor separable_product(const std::vector<Tensor>& maps, const std::vector<Tensor>& taps,
                          const std::vector<int64_t>& dilations, const Tensor& matrix, int64_t columns,
                          const std::optional<Tensor>& factor, const std::optional<Tensor>& bias,
@@ -79,7 +100,11 @@ Tensor separable_product(const std::vector<Tensor>& maps, const std::vector<Tens
   }
   STD_TORCH_CHECK(job.depth > 0, "maps must have a channel");
   job.columns = columns;
-  job.matrix = packed_matrix(matrix, "matrix", columns, job.depth);
+  const bool by_sample = matrix.dim() == 4;
+  STD_TORCH_CHECK(!by_sample || (matrix.size(0) == job.batch && job.batch > 0 && lies(matrix, {0, 1, 2, 3})),
+                  "matrix must be one, or ", job.batch, ", contiguous");
+  const Tensor one = by_sample ? torch::stable::select(matrix, 0, 0) : matrix;
+  job.matrix = packed_matrix(one, "matrix", columns, job.depth);
   if (factor) {
     STD_TORCH_CHECK(factor->dim() == 2 && factor->size(0) == job.batch && factor->size(1) == job.depth &&
                         lies(*factor, {0, 1}),
@@ -87,12 +112,12 @@ Tensor separable_product(const std::vector<Tensor>& maps, const std::vector<Tens
     job.factor = floats(*factor, "factor");
   }
   if (bias) {
-    const bool by_sample = bias->dim() == 2;
-    STD_TORCH_CHECK(bias->size(-1) == columns && (by_sample ? bias->size(0) == job.batch && lies(*bias, {0, 1})
+    const bool its_own = bias->dim() == 2;
+    STD_TORCH_CHECK(bias->size(-1) == columns && (its_own ? bias->size(0) == job.batch && lies(*bias, {0, 1})
                                                             : bias->dim() == 1 && lies(*bias, {0})),
                     "bias must be (", columns, ",) or (", job.batch, ", ", columns, "), contiguous");
     job.bias = floats(*bias, "bias");
-    job.bias_step = by_sample ? columns : 0;
+    job.bias_step = its_own ? columns : 0;
   }
   if (skip) {
     STD_TORCH_CHECK(skip->dim() == 4 && skip->size(0) == job.batch && skip->size(1) == columns &&
@@ -107,7 +132,7 @@ Tensor separable_product(const std::vector<Tensor>& maps, const std::vector<Tens
   // (B, H, W, columns) in memory, seen as (B, columns, H, W).
   const Tensor rows = torch::stable::new_empty(like, {job.batch, job.height, job.width, columns});
   job.out = memory(rows);
-  run(job);
+  by_sample ? run_by_sample(job) : run(job);
   return torch::stable::transpose(torch::stable::transpose(rows, 2, 3), 1, 2);
 }
 

@@ -64,6 +64,16 @@ def test_mixed_scales_in_shares(monkeypatch, batch, learned):
     torch.testing.assert_close(out.double(), wanted[0], rtol=0, atol=2e-6 * float(wanted[0].abs().max()))
 
 
+def test_mixed_scales_of_no_images():
+    shapes = ((5, 1, 3, 3),) * 3 + ((0, 3, 5, 5), (0, 5))
+    x = torch.empty(0, 5, 4, 4, memory_format=torch.channels_last)
+    operands = [value.requires_grad_() for value in (x, *(torch.randn(shape) for shape in shapes))]
+    out = _called(*operands)
+    assert out.shape == x.shape
+    grads = torch.autograd.grad(out.sum(), operands)
+    assert [g.shape for g in grads] == [value.shape for value in operands]
+
+
 @pytest.mark.parametrize("learned", range(6))
 def test_mixed_scales_with_all_operands_frozen_but_one(learned):
     torch.manual_seed(0)

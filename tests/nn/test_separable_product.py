@@ -208,6 +208,7 @@ def test_the_operator_checks_what_it_gets():
         ("dilations must be at least 1", {"taps": (torch.randn(9, 4),), "dilations": (0,)}),
         ("matrix must be", {"columns": 17}),
         ("matrix must be", {"matrix": matrix.transpose(1, 2)}),
+        ("matrix must be one, or 1", {"matrix": matrix.expand(2, -1, -1, -1)}),
         ("maps must be float32", {"maps": (x.double(),)}),
     ]:
         with pytest.raises(RuntimeError, match=message):
@@ -216,6 +217,26 @@ def test_the_operator_checks_what_it_gets():
         wrong = torch.randn(2, 3, 3, 3) if name == "skip" else torch.randn(2, 3)
         with pytest.raises(RuntimeError, match=f"{name} must be"):
             call((x,), (none,), (1,), matrix, 5, *[None] * number, wrong)
+
+
+@compiled
+@torch.no_grad()
+@pytest.mark.parametrize(("sources", "columns", "size"), CASES, ids=IDS)
+def test_a_matrix_for_each_sample(isa, sources, columns, size):
+    torch.manual_seed(0)
+    product, maps = made(sources, columns, silu=True), maps_of(sources, size)
+    batch, *spatial = size
+    weights = torch.randn(batch, columns, sum(c for c, _ in sources))
+    factor, bias = torch.rand(batch, weights.shape[2]), torch.randn(batch, columns)
+    skip = torch.randn(batch, columns, *spatial).contiguous(memory_format=CHANNELS_LAST)
+    got = torch.ops.bti_fast_cpu.separable_product(
+        maps, product.taps, product.dilations, pack(weights), columns, factor, bias, skip, None, None, True
+    )
+    for sample, weight in enumerate(weights):
+        product.matrix.copy_(pack(weight))
+        one = slice(sample, sample + 1)
+        expected = truth(product, [m[one] for m in maps], factor=factor[one], bias=bias[one], skip=skip[one])
+        torch.testing.assert_close(got[one].double(), expected, rtol=1e-5, atol=1e-5 * weight.shape[1] ** 0.5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (15, 3), (16, 4), (17, 5), (40, 2)], ids=str)

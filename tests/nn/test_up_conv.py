@@ -62,6 +62,24 @@ def test_outputs_and_gradients(parts_of_a_5x7_map, batch, size, more, memory_for
         assert got[0].is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("wanted", [(65, 69), (66, 71)], ids=str)
+def test_many_positions(isa, wanted):
+    """Enough for the kernel to be worth it in training."""
+    torch.manual_seed(0)
+    up = UpConv(6, 4)
+    x = torch.randn(1, 6, 33, 35).contiguous(memory_format=torch.channels_last).requires_grad_()
+    cotangent = torch.randn(1, 4, *wanted)
+    exact = [value.detach().double().requires_grad_() for value in (x, up.weight, up.bias)]
+    truth = _cropped(*exact, wanted)
+    out = up(x, wanted)
+    with torch.no_grad():
+        assert torch.equal(out, FoldedUpConv(up)(x.detach(), wanted))
+    got = out, *torch.autograd.grad(out, (x, up.weight, up.bias), cotangent)
+    expected = truth, *torch.autograd.grad(truth, exact, cotangent.double())
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=0, atol=2e-6 * float(two.abs().max()))
+
+
 @LAYOUTS
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("channels", [(6, 4), (1, 3), (60, 40)], ids=str)
