@@ -74,12 +74,12 @@ class _Conv1x1(torch.autograd.Function):
             return torch.ops.aten.convolution_backward(
                 grad, x, weight, bias_sizes, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, list(needed)
             )
-        rows = rows_of(grad)
+        rows = flat_rows(grad)
         to_x = to_weight = to_bias = None
         if needed[0]:
             to_x = _product(grad, weight.flatten(1))
         if needed[1]:
-            to_weight = torch.mm(rows.T, rows_of(x)).view(weight.shape)
+            to_weight = torch.mm(rows.T, flat_rows(x)).view(weight.shape)
         if needed[2]:
             to_bias = rows.sum(0)
         return to_x, to_weight, to_bias
@@ -89,10 +89,10 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """(B, K, H, W) by (K, C) -> (B, C, H, W), channels_last."""
     batch, _, height, width = x.shape
     if batch * height * width < MANY_POSITIONS:
-        return torch.mm(rows_of(x), matrix).view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return torch.mm(flat_rows(x), matrix).view(batch, height, width, -1).permute(0, 3, 1, 2)
     return product_by(x, matrix.T)
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """Channels_last (B, C, H, W) -> (B·H·W, C), a view."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
+def flat_rows(x: Tensor) -> Tensor:
+    """Channels_last (B, C, H, W), or some rows of one sample, -> (B·H·W, C), a view."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])

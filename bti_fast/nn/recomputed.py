@@ -52,18 +52,6 @@ def _mix(x: Tensor, kernels: Sequence[Tensor], matrices: Tensor, bias: Tensor) -
             x.shape[1],
             *(None, bias.contiguous(), None, None, None, False),
         )
-    shares = _shares(x)
-    if len(shares) == 1:
-        return maps_of(_mixed_rows(x, kernels, matrices, bias), x)
-    out = torch.empty_like(x)
-    for share in shares:
-        _mixed_rows(x[share], kernels, matrices[share], bias[share], out=rows_of(out[share]))
-    return out
-
-
-def _mixed_rows(
-    x: Tensor, kernels: Sequence[Tensor], matrices: Tensor, bias: Tensor, out: Tensor | None = None
-) -> Tensor:
     mixed = None
     for number, (kernel, dilation) in enumerate(zip(kernels, DILATIONS, strict=True)):
         rows = rows_of(convolve(x, kernel, dilation))
@@ -72,8 +60,8 @@ def _mixed_rows(
         if number:
             mixed = mixed.baddbmm_(*factors)
         else:
-            mixed = torch.baddbmm(bias[:, None].to(rows.dtype), *factors, out=out)
-    return mixed
+            mixed = torch.baddbmm(bias[:, None].to(rows.dtype), *factors)
+    return maps_of(mixed, x)
 
 
 class _MixedScales(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bti_fast.nn.dilated_depthwise import takes_kernels
-from bti_fast.nn.pointwise import MANY_POSITIONS
+from bti_fast.nn.pointwise import MANY_POSITIONS, flat_rows
 from bti_fast.nn.separable_product import pack, unpack
 from bti_fast.ops.straight import is_ordinary
 
@@ -111,7 +111,7 @@ class _UpConv(torch.autograd.Function):
         sums = out.permute(0, 2, 3, 1).copy_(bias)
         for samples, rows in _parts(x, weight.shape[1]):
             part = x[samples, :, rows]
-            products = (_flat(part) @ matrix).view(len(part), *part.shape[2:], 9, len(bias))
+            products = (flat_rows(part) @ matrix).view(len(part), *part.shape[2:], 9, len(bias))
             for number, at, (high, wide) in _taps(part, rows.start, height, width):
                 sums[samples][at] += products[:, :high, :wide, number]
         return out
@@ -140,9 +140,9 @@ class _UpConv(torch.autograd.Function):
                 tap[:, :, wide:] = 0
             products = products.view(-1, matrix.shape[1])
             if x_needed:
-                torch.mm(products, matrix.T, out=_flat(grad_x[samples, :, rows]))
+                torch.mm(products, matrix.T, out=flat_rows(grad_x[samples, :, rows]))
             if weight_needed:
-                grad_matrix.addmm_(_flat(part).T, products)
+                grad_matrix.addmm_(flat_rows(part).T, products)
         grad_weight = None
         if weight_needed:
             grad_weight = grad_matrix.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
@@ -165,11 +165,6 @@ def _gradients_of_library(grad: Tensor, x: Tensor, weight: Tensor, needed: Seque
 def _matrix(weight: Tensor) -> Tensor:
     """(C, K, 3, 3) -> (C, 9·K), a view of a channels_last weight."""
     return weight.permute(0, 2, 3, 1).flatten(1)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Channels_last (B, C, H, W), or some rows of one sample, -> (B·H·W, C), a view."""
-    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 def _parts(x: Tensor, channels: int) -> Iterator[tuple[slice, slice]]:
