@@ -26,8 +26,8 @@ from typing import Any
 Tensor = Any  # a keras.KerasTensor; shapes are (B, H, W, C) for maps and (B, F) for vectors
 INFERENCE, TRAINING = "inference", "training step"
 WARM_UP = 2  # the first traces, too
-# Keras 3 lets XLA compile predict_on_batch; --xla does so for the others.
 OURS = ((INFERENCE, "folded"), (TRAINING, "bti_fast"), (TRAINING, "checkpointing"))  # beside tf.function
+# Keras 3 lets XLA compile predict_on_batch; --xla does so for the others.
 CASES = ((INFERENCE, "tf.function"), (INFERENCE, "predict_on_batch"), (TRAINING, "tf.function"))
 FEATURES = 256  # of the classification decoder
 TAU = 0.7

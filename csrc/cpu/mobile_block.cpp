@@ -17,8 +17,6 @@ namespace {
 
 constexpr int64_t kChannelsPerTask = 256, kHiddenPerTask = 8;  // of a squeeze-and-excitation
 
-int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
 // [batch, height, width, channels] in memory, seen as (B, C, H, W).
 Tensor as_maps(const Tensor& rows) { return torch::stable::transpose(torch::stable::transpose(rows, 2, 3), 1, 2); }
 

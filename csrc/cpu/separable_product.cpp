@@ -19,7 +19,6 @@ constexpr int64_t kRowsPerTask = 384;
 constexpr int64_t kLeastColumns = 128;  // of a task: each convolves its positions anew
 constexpr int64_t kLeastRows = 24;      // of a task: each reads its columns anew
 
-int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 int64_t rounded_up(int64_t value, int64_t step) { return parts(value, step) * step; }
 
 // How many rows and columns a task has: as many tasks as keep all threads at work, all about as large.
